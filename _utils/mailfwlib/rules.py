@@ -1,0 +1,73 @@
+"""What the templates of the rules are given: the settings, and what follows from them, in nft's own words."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from mailfwlib import parse
+from mailfwlib.settings import ROLES, Settings
+
+
+def files(settings: Settings) -> dict[str, list[dict[str, Any]]]:
+    """Return the rule files of a host: file name -> the templates that make it, each with its own context.
+
+    ``base.nft`` comes first; each role has one file, made of the template of each mode that one of its services
+    is in. A template's context has ``role``, ``mode`` and ``ports``, the ports of the role in that mode.
+    """
+    made: dict[str, list[dict[str, Any]]] = {"base.nft": [{"source": "ruleset/nftables/base.nft.jinja"}]}
+    for role in settings["roles"]:
+        modes: dict[str, list[int]] = {settings["protection"]["type"]: []}
+        for service in settings["services"]:
+            if service["role"] == role and service["login"]:
+                modes.setdefault(service["mode"], []).append(service["port"])
+        made[f"{role}.nft"] = [
+            {"source": f"{role}/nftables/{mode}.nft.jinja", "role": role, "mode": mode, "ports": ports}
+            for mode, ports in modes.items()
+            if ports
+        ]
+    return made
+
+
+def context(settings: Settings) -> dict[str, Any]:
+    """Return the variables that every template sees.
+
+    ``mailfw``: the settings. ``source``, ``destination``: how a rule names the client of a packet that comes in or
+    goes out, by the prefix that makes an IPv6 source, for bans, blocks and rates; ``trusted_source``,
+    ``trusted_destination``: the same for trust. ``meter_timeout``, ``network_meter_timeout``: seconds that a source's
+    bucket must be kept, since one that is forgotten before it has refilled limits nothing.
+    """
+    autoban = settings["autoban"]
+    networks = autoban["networks"]
+    return {
+        "mailfw": settings,
+        "roles": ROLES,
+        "source_ipv6": _masked("ip6 saddr", autoban["ipv6_prefix"]),
+        "destination_ipv6": _masked("ip6 daddr", autoban["ipv6_prefix"]),
+        "trusted_source_ipv6": _masked("ip6 saddr", settings["trusted"]["ipv6_prefix"]),
+        "trusted_destination_ipv6": _masked("ip6 daddr", settings["trusted"]["ipv6_prefix"]),
+        "rate": parse.rate_text(autoban["rate"]),
+        "burst": autoban["burst"],
+        "meter_timeout": refill(autoban["rate"], autoban["burst"]),
+        "networks": networks
+        and {
+            "rate": parse.rate_text(networks["rate"]),
+            "burst": networks["rate"]["count"],
+            "meter_timeout": refill(networks["rate"], networks["rate"]["count"]),
+            "mask_ipv4": _mask_ipv4(networks["ipv4_prefix"]),
+            "mask_ipv6": parse.mask(networks["ipv6_prefix"]),
+        },
+    }
+
+
+def refill(rate: dict[str, Any], burst: int) -> int:
+    """Return the seconds in which an empty bucket of ``burst`` fills again at ``rate``, a minute at least."""
+    return max(60, math.ceil(burst * parse.RATE_UNITS[rate["unit"]] / rate["count"]))
+
+
+def _masked(field: str, prefix: int) -> str:
+    return field if prefix == 128 else f"{field} & {parse.mask(prefix)}"
+
+
+def _mask_ipv4(prefix: int) -> str:
+    return str(parse.network(f"0.0.0.0/{prefix}").netmask)

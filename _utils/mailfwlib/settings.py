@@ -1,0 +1,317 @@
+"""Settings: the one schema that gives pillar its keys, forms and defaults, and the services that mailfw knows.
+
+:func:`resolve` turns the ``mailfw`` pillar of a host into its settings, or raises :class:`SettingsError` that
+names everything that is wrong with it at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+from dataclasses import dataclass
+from typing import Any, Callable
+
+from mailfwlib import parse
+
+Settings = dict[str, Any]
+
+MODES = ("autoban", "protected", "private", "public")
+ROLES = ("postfix", "dovecot")
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service that mail hosts offer: its TCP port (IANA's), the role that serves it, whether people log in there."""
+
+    port: int
+    role: str
+    login: bool = True
+
+
+#: The services and their ports: https://www.iana.org/assignments/service-names-port-numbers
+SERVICES = {
+    "smtp": Service(25, "postfix", login=False),
+    "submission": Service(587, "postfix"),
+    "submissions": Service(465, "postfix"),
+    "imap": Service(143, "dovecot"),
+    "imaps": Service(993, "dovecot"),
+    "pop3": Service(110, "dovecot"),
+    "pop3s": Service(995, "dovecot"),
+    "sieve": Service(4190, "dovecot"),
+}
+LOGIN_SERVICES = tuple(name for name, service in SERVICES.items() if service.login)
+
+
+class SettingsError(ValueError):
+    """The pillar is not valid. ``problems`` has one sentence for each thing that is wrong, by pillar path."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Option:
+    """One pillar key: how its value is parsed, what it is when absent, and what it means."""
+
+    parse: Callable[[Any], Any]
+    default: Any
+    meaning: str
+
+
+def _choice(*accepted: str) -> Callable[[Any], str]:
+    def parse_choice(value: Any) -> str:
+        if value not in accepted or not isinstance(value, str):
+            raise ValueError(f"expected one of {', '.join(accepted)}")
+        return value
+
+    return parse_choice
+
+
+def _whole(lowest: int, highest: int) -> Callable[[Any], int]:
+    def parse_whole(value: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
+            raise ValueError(f"expected a whole number from {lowest} to {highest}")
+        return value
+
+    return parse_whole
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("expected true or false")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
+        raise ValueError("expected a line of text")
+    return value
+
+
+def _each(parse_item: Callable[[Any], Any], noun: str) -> Callable[[Any], list[Any]]:
+    """Return a parser for a list, which reports every bad element by its place."""
+
+    def parse_list(value: Any) -> list[Any]:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"expected a list of {noun}")
+        items, problems = [], []
+        for place, element in enumerate(value):
+            try:
+                items.append(parse_item(element))
+            except ValueError as err:
+                problems.append((f"[{place}]", element, str(err)))
+        if problems:
+            raise _Nested(problems)
+        return items
+
+    return parse_list
+
+
+def _networks(version: int) -> Callable[[Any], list[str]]:
+    """Return a parser for the networks of one family; overlaps are collapsed, as static interval sets need them."""
+    parse_list = _each(lambda item: parse.network_of_family(item, version), f"IPv{version} networks")
+    return lambda value: [str(one) for one in ipaddress.collapse_addresses(parse_list(value))]
+
+
+def _roles(value: Any) -> list[str]:
+    return sorted(set(_each(_choice(*ROLES), "roles")(value)), key=ROLES.index)
+
+
+def _key(value: Any) -> str:
+    if not isinstance(value, str) or len(value) < 32 or not value.isprintable() or not value.isascii():
+        raise ValueError("expected a secret of at least 32 characters, such as 'openssl rand -hex 32' prints")
+    return value
+
+
+def _service_modes(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise ValueError("expected a mapping of services to modes, such as {sieve: private}")
+    modes, problems = {}, []
+    for name, mode in value.items():
+        try:
+            _choice(*LOGIN_SERVICES)(name)
+        except ValueError as err:
+            problems.append(("", name, str(err)))
+            continue
+        try:
+            modes[name] = _choice(*MODES)(mode)
+        except ValueError as err:
+            problems.append((f":{name}", mode, str(err)))
+    if problems:
+        raise _Nested(problems)
+    return modes
+
+
+class _Nested(ValueError):
+    """Problems inside a value: (the rest of the path, the value, the sentence) for each."""
+
+    def __init__(self, problems: list[tuple[str, Any, str]]):
+        super().__init__("; ".join(sentence for _, _, sentence in problems))
+        self.problems = problems
+
+
+_NETWORK_COUNTING = {
+    "rate": Option(parse.rate, "100/minute", "new connections of one network, over all its addresses"),
+    "ipv4_prefix": Option(_whole(8, 31), 24, "an IPv4 network is a prefix of this length"),
+    "ipv6_prefix": Option(_whole(16, 63), 48, "an IPv6 network is a prefix of this length"),
+}
+
+
+def _counted_networks(value: Any) -> Any:
+    if value is False:
+        return False
+    if not isinstance(value, dict):
+        raise ValueError("expected false or a mapping such as {rate: 100/minute, ipv4_prefix: 24, ipv6_prefix: 48}")
+    problems: list[tuple[str, Any, str]] = []
+    parsed = _walk(value, _NETWORK_COUNTING, "", problems)
+    if problems:
+        raise _Nested(problems)
+    return parsed
+
+
+_NETWORK_LISTS = {
+    "networks_ipv4": Option(_networks(4), [], "IPv4 networks"),
+    "networks_ipv6": Option(_networks(6), [], "IPv6 networks"),
+}
+
+#: Every pillar key below ``mailfw``.
+SCHEMA: dict[str, Any] = {
+    "protection": {
+        "type": Option(_choice(*MODES), "autoban", "the mode: autoban, protected, private or public"),
+        "services": Option(_service_modes, {}, "another mode for single services, e.g. {sieve: private}"),
+    },
+    "enforce": Option(_boolean, True, "false: count who would have been refused, refuse nobody"),
+    "roles": Option(_roles, list(ROLES), "what this host serves"),
+    "autoban": {
+        "rate": Option(parse.rate, "10/minute", "new connections of one source to the ports of one role"),
+        "burst": Option(_whole(1, 10000), 20, "connections that a quiet source may open at once"),
+        "period": Option(parse.duration, "1h", "how long a source above the rate is banned"),
+        "ipv6_prefix": Option(_whole(32, 128), 64, "an IPv6 source is a prefix of this length"),
+        "networks": Option(_counted_networks, False, "count whole networks as well"),
+    },
+    "trusted": {
+        "period": Option(parse.duration, "1d", "how long a login is trusted"),
+        "timeout": Option(parse.duration, "5h", "default timeout of the trusted sets"),
+        "ipv6_prefix": Option(_whole(32, 128), 64, "a login over IPv6 trusts its prefix of this length"),
+        **_NETWORK_LISTS,
+        "never": Option(
+            lambda value: [str(one) for one in _each(parse.network, "addresses or networks")(value)],
+            [],
+            "addresses that a login must not trust: proxies, webmail",
+        ),
+    },
+    "exempt": dict(_NETWORK_LISTS),
+    "blocked": dict(_NETWORK_LISTS),
+    "reaction": {
+        "banned": Option(_choice("drop", "reject"), "drop", "what a banned source gets"),
+        "blocked": Option(_choice("drop", "reject"), "drop", "what a blocked source gets"),
+        "untrusted": Option(_choice("hold", "reject", "drop"), "hold", "what a source that is not trusted gets"),
+    },
+    "fleet": {
+        "keys": Option(_each(_key, "secrets"), [], "shared secrets of the mail hosts, newest first"),
+        "target": Option(_text, "I@mailfw:fleet:*", "compound target of the mail hosts, for the master"),
+    },
+}
+
+
+def _shown(path: str, value: Any) -> str:
+    if path.startswith("mailfw:fleet:keys"):
+        return "(not shown)"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _walk(pillar: Any, schema: dict[str, Any], path: str, problems: list[tuple[str, Any, str]]) -> Settings:
+    """Return the parsed values of one level; append (path, value, sentence) to ``problems`` for what is wrong."""
+    if not isinstance(pillar, dict):
+        problems.append((path, pillar, f"expected a mapping with the keys {', '.join(schema)}"))
+        pillar = {}
+    for key in pillar:
+        if key not in schema:
+            close = difflib.get_close_matches(str(key), schema, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(schema)}"
+            problems.append((f"{path}:{key}", pillar[key], f"unknown key{hint}"))
+    parsed: Settings = {}
+    for key, entry in schema.items():
+        here = f"{path}:{key}"
+        if isinstance(entry, dict):
+            parsed[key] = _walk(pillar.get(key, {}), entry, here, problems)
+            continue
+        value = pillar.get(key, entry.default)
+        try:
+            parsed[key] = entry.parse(value)
+        except _Nested as err:
+            problems.extend((here + rest, inner, sentence) for rest, inner, sentence in err.problems)
+        except ValueError as err:
+            problems.append((here, value, str(err)))
+    return parsed
+
+
+def _conflicts(settings: Settings) -> list[str]:
+    """Return what is wrong with values that are each fine alone."""
+    problems = []
+    autoban = settings["autoban"]
+    counting = autoban["networks"]
+    if counting and counting["ipv6_prefix"] >= autoban["ipv6_prefix"]:
+        problems.append(
+            f"mailfw:autoban:networks:ipv6_prefix: {counting['ipv6_prefix']}: "
+            f"must be shorter than mailfw:autoban:ipv6_prefix, which is {autoban['ipv6_prefix']}"
+        )
+    for family in ("networks_ipv4", "networks_ipv6"):
+        for network in sorted(set(settings["trusted"][family]) & set(settings["blocked"][family])):
+            problems.append(f"mailfw:blocked:{family}: '{network}': is also in mailfw:trusted:{family}, which wins")
+    return problems
+
+
+def _services(settings: Settings) -> list[dict[str, Any]]:
+    """Return the services of the host's roles: name, port, role, mode and whether people log in there."""
+    protection = settings["protection"]
+    return [
+        {
+            "name": name,
+            "port": service.port,
+            "role": service.role,
+            "mode": protection["services"].get(name, protection["type"]) if service.login else "public",
+            "login": service.login,
+        }
+        for name, service in SERVICES.items()
+        if service.role in settings["roles"]
+    ]
+
+
+def resolve(pillar: Any) -> Settings:
+    """Return the settings of a host from its ``mailfw`` pillar (``None`` or ``{}``: all defaults).
+
+    Durations are seconds, rates ``{"count", "unit"}``, networks canonical strings; ``services`` lists what the
+    host's roles serve. The result is plain data that JSON carries.
+
+    Raises SettingsError with every problem at once.
+    """
+    problems: list[tuple[str, Any, str]] = []
+    settings = _walk({} if pillar is None else pillar, SCHEMA, "mailfw", problems)
+    if problems:
+        raise SettingsError([f"{path}: {_shown(path, value)}: {sentence}" for path, value, sentence in problems])
+    conflicts = _conflicts(settings)
+    if conflicts:
+        raise SettingsError(conflicts)
+    settings["services"] = _services(settings)
+    return settings
+
+
+def login_ports(settings: Settings) -> list[int]:
+    """Return the ports that a login opens on this host: those of its services where people log in."""
+    return [service["port"] for service in settings["services"] if service["login"]]
+
+
+def ports(settings: Settings, names: list[Any]) -> list[int]:
+    """Return the ports of services given by name or number; raises ValueError for one that this host lacks."""
+    known = {service["name"]: service["port"] for service in settings["services"] if service["login"]}
+    found = []
+    for name in names:
+        port = known.get(str(name), int(name) if str(name).isdigit() else None)
+        if port not in known.values():
+            accepted = ", ".join(f"{service} ({number})" for service, number in known.items())
+            raise ValueError(f"service {name!r}: expected one of this host's: {accepted}")
+        found.append(port)
+    return found
