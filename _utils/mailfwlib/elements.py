@@ -68,10 +68,10 @@ def ports_for_login(address: Address, settings: Settings) -> list[int]:
     ]
 
 
-def _refresh(name: str, values: list[str], timeout: int | None) -> str:
-    suffix = f" timeout {timeout}s" if timeout else ""
-    plain = ", ".join(values)
-    timed = ", ".join(value + suffix for value in values)
+def _refresh(name: str, timeouts: dict[str, int | None]) -> str:
+    """Return the script that gives elements a new timeout; None stands for the set's default."""
+    plain = ", ".join(timeouts)
+    timed = ", ".join(value + (f" timeout {timeout}s" if timeout else "") for value, timeout in timeouts.items())
     where = f"element {nft.TABLE} {name}"
     return f"add {where} {{ {timed} }}\ndelete {where} {{ {plain} }}\nadd {where} {{ {timed} }}\n"
 
@@ -82,25 +82,23 @@ def _remove(name: str, values: list[str]) -> str:
     return f"add element {nft.TABLE} {name} {{ {plain} }}\ndelete element {nft.TABLE} {name} {{ {plain} }}\n"
 
 
-def _trusted_values(address: Address, ports: Iterable[int], settings: Settings) -> list[str]:
-    return [f"{trusted_key(address, settings)} . {port}" for port in ports]
-
-
-def trust(address: Address, ports: list[int], seconds: int, settings: Settings) -> str:
-    """Return the script that trusts an address on some ports for a period, and lifts its rate bans."""
-    name = f"trusted_{family(address)}"
-    return _refresh(name, _trusted_values(address, ports, settings), seconds) + unban(address, ROLES, settings)
+def trust(address: Address, seconds: dict[int, int], settings: Settings) -> str:
+    """Return the script that trusts an address on some ports, port -> seconds, and lifts its rate bans."""
+    key = trusted_key(address, settings)
+    timeouts: dict[str, int | None] = {f"{key} . {port}": left for port, left in seconds.items()}
+    return _refresh(f"trusted_{family(address)}", timeouts) + unban(address, ROLES, settings)
 
 
 def untrust(address: Address, ports: list[int], settings: Settings) -> str:
     """Return the script that ends an address's trust on some ports."""
-    return _remove(f"trusted_{family(address)}", _trusted_values(address, ports, settings))
+    key = trusted_key(address, settings)
+    return _remove(f"trusted_{family(address)}", [f"{key} . {port}" for port in ports])
 
 
 def ban(address: Address, roles: Iterable[str], seconds: int | None, settings: Settings) -> str:
     """Return the script that bans a source from the ports of some roles, by default for the sets' own period."""
     key = str(source_key(address, settings))
-    return "".join(_refresh(f"banned_{role}_{family(address)}", [key], seconds) for role in roles)
+    return "".join(_refresh(f"banned_{role}_{family(address)}", {key: seconds}) for role in roles)
 
 
 def unban(address: Address, roles: Iterable[str], settings: Settings) -> str:
@@ -109,9 +107,15 @@ def unban(address: Address, roles: Iterable[str], settings: Settings) -> str:
     return "".join(_remove(f"banned_{role}_{family(address)}", [key]) for role in roles)
 
 
+def refill(address: Address, meters: Iterable[str], settings: Settings) -> str:
+    """Return the script that empties what some meters remember of a source."""
+    key = str(source_key(address, settings))
+    return "".join(_remove(name, [key]) for name in meters if name.endswith(family(address)))
+
+
 def block(address: Address, seconds: int | None, settings: Settings) -> str:
     """Return the script that blocks a source from every login port, for a period or until it is unblocked."""
-    return _refresh(f"blocked_{family(address)}", [str(source_key(address, settings))], seconds)
+    return _refresh(f"blocked_{family(address)}", {str(source_key(address, settings)): seconds})
 
 
 def unblock(address: Address, settings: Settings) -> str:

@@ -1,0 +1,579 @@
+"""
+Ask and tell a mail host's firewall who may connect: the operator's verbs, and what states, reactor and runner call.
+
+The verbs work on what is loaded on the host and on the settings that the last ``state.apply mailfw`` left there
+(``/etc/mailfw/settings.json``); :py:func:`settings` and :py:func:`render` work on the minion's pillar.
+
+Addresses are IPv4 or IPv6; an IPv4-mapped IPv6 address means the IPv4 address in it. An IPv6 address stands for its
+prefix (``mailfw:trusted:ipv6_prefix``, ``mailfw:autoban:ipv6_prefix``; a /64 by default). Durations are such as
+``1d``, ``5h``, ``90m``, ``1d12h`` or ``3600``.
+"""
+
+import glob
+import json
+import logging
+import os
+import sys
+import time
+
+import salt.utils.files
+from salt.exceptions import CommandExecutionError, SaltInvocationError
+
+from mailfwlib import client, elements, messages, nft, parse, rules, ruleset
+from mailfwlib import settings as schema
+
+log = logging.getLogger(__name__)
+
+__virtualname__ = "mailfw"
+__func_alias__ = {"apply_": "apply"}
+
+SETTINGS = "/etc/mailfw/settings.json"
+RULES = "/etc/nftables.d/mailfw"
+TREE = "salt://mailfw"
+SALT_HELPER = "/usr/lib/mailfw/salt_helper.py"
+
+
+def __virtual__():
+    if __grains__["kernel"] != "Linux":
+        return False, "mailfw needs nftables, which only Linux has"
+    return __virtualname__
+
+
+def settings():
+    """
+    Return this minion's settings: its ``mailfw`` pillar with the defaults, checked.
+
+    Durations are in seconds. The fleet's keys are shown as fingerprints.
+
+    Raises CommandExecutionError with everything that is wrong, a line for each, by pillar path.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.settings
+    """
+    found = _pillar_settings()
+    found["fleet"]["keys"] = [messages.fingerprint(key) for key in found["fleet"]["keys"]]
+    return found
+
+
+def _pillar_settings():
+    try:
+        return schema.resolve(__pillar__.get("mailfw"))
+    except schema.SettingsError as err:
+        raise CommandExecutionError(f"the mailfw pillar of this minion is not valid:\n{err}") from err
+
+
+def _host_settings():
+    """Return the settings that the last state.apply left on this host: what its rules and its agent go by."""
+    try:
+        with salt.utils.files.fopen(SETTINGS) as stream:
+            return json.load(stream)
+    except FileNotFoundError as err:
+        raise CommandExecutionError(f"{SETTINGS}: not there; run 'state.apply mailfw' on this host first") from err
+
+
+def render(saltenv="base"):
+    """
+    Return the rule files that this minion's pillar asks for: file name -> text. Loads and writes nothing.
+
+    saltenv
+        The environment that the templates come from. Default: ``base``.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.render
+    """
+    wanted = _pillar_settings()
+    shared = rules.context(wanted)
+    return {
+        name: "\n".join(_render(part["source"], {**shared, **part}, saltenv) for part in parts)
+        for name, parts in rules.files(wanted).items()
+    }
+
+
+def _render(source, context, saltenv):
+    path = f"{TREE}/{source}"
+    if not __salt__["cp.cache_file"](path, saltenv=saltenv):
+        raise CommandExecutionError(f"{path}: not found in the environment {saltenv}")
+    return __salt__["slsutil.renderer"](path=path, default_renderer="jinja", saltenv=saltenv, context=context) + "\n"
+
+
+def apply_(files=None, test=False):
+    """
+    Load rule files, in one transaction: all of them are loaded, or nothing changes. Bans, blocks and trusts stay.
+
+    Returns ``{"diff": ..., "files": [...]}``: how the loaded rules differ from what the files declare (empty when they
+    do not), and which files were written.
+
+    files
+        File name -> text, as :py:func:`render` gives it. They are written to ``/etc/nftables.d/mailfw`` once the
+        kernel has taken them. Default: the files that are there.
+
+    test
+        Whether to say what would change, and change nothing. Default: ``False``.
+
+    Raises CommandExecutionError with nft's message when they do not load.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.apply
+        salt mx1 mailfw.apply test=True
+    """
+    present = _present_files()
+    if files is None and not present:
+        raise CommandExecutionError(f"{RULES}: no rules there; run 'state.apply mailfw' on this host first")
+    wanted = present if files is None else files
+    script = "\n".join(wanted[name] for name in sorted(wanted))
+    stale = sorted(name for name in present.keys() | wanted.keys() if present.get(name) != wanted.get(name))
+    try:
+        diff = ruleset.compare(script) if test else ruleset.apply(script)
+    except nft.NftError as err:
+        raise CommandExecutionError(f"the rules do not load, and those from before stay:\n{err}") from err
+    if not test:
+        for name in stale:
+            _write(os.path.join(RULES, name), wanted.get(name), mode=0o644)
+    return {"diff": diff, "files": stale}
+
+
+def _present_files():
+    found = {}
+    for path in glob.glob(os.path.join(RULES, "*.nft")):
+        with salt.utils.files.fopen(path) as stream:
+            found[os.path.basename(path)] = stream.read()
+    return found
+
+
+def _write(path, text, mode):
+    """Replace a file at once, so that a reader sees the old or the new one; ``None`` removes it."""
+    if text is None:
+        os.unlink(path)
+        return
+    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+    fresh = f"{path}.new"
+    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as stream:
+        os.fchmod(stream.fileno(), mode)
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(fresh, path)
+
+
+def save_settings(login_users=("dovecot",), test=False):
+    """
+    Write this minion's settings to ``/etc/mailfw/settings.json``, for the agent and the verbs. Return whether they
+    differ from what was there.
+
+    login_users
+        The users as which Dovecot runs the login hook. Default: ``dovecot``.
+
+    test
+        Whether to write nothing. Default: ``False``.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.save_settings
+    """
+    wanted = _pillar_settings()
+    configuration = os.path.dirname(__opts__["conf_file"])
+    wanted["host"] = {
+        "id": __opts__["id"],
+        "login_users": list(login_users),
+        "salt_helper": [sys.executable, SALT_HELPER, configuration],
+    }
+    text = json.dumps(wanted, indent=1, sort_keys=True) + "\n"
+    try:
+        with salt.utils.files.fopen(SETTINGS) as stream:
+            same = stream.read() == text
+    except FileNotFoundError:
+        same = False
+    if not same and not test:
+        _write(SETTINGS, text, mode=0o600)
+    return not same
+
+
+def _address(value):
+    try:
+        return parse.address(value)
+    except ValueError as err:
+        raise SaltInvocationError(f"address {value!r}: {err}") from err
+
+
+def _period(value):
+    try:
+        return parse.duration(value)
+    except ValueError as err:
+        raise SaltInvocationError(f"period {value!r}: {err}") from err
+
+
+def _list(value):
+    """Return a list from what a command line gives: a list, one value, or values with commas between them."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _ports(services, host):
+    if services is None:
+        return schema.login_ports(host)
+    try:
+        return schema.ports(host, _list(services))
+    except ValueError as err:
+        raise SaltInvocationError(str(err)) from err
+
+
+def _roles(role):
+    if role is None:
+        return schema.ROLES
+    if role not in schema.ROLES:
+        raise SaltInvocationError(f"role {role!r}: expected one of {', '.join(schema.ROLES)}")
+    return (role,)
+
+
+def _run(script):
+    try:
+        nft.run(script)
+    except nft.NftError as err:
+        raise CommandExecutionError(str(err)) from err
+
+
+def _elements(name):
+    try:
+        return nft.elements(name)
+    except nft.NftError as err:
+        raise CommandExecutionError(str(err)) from err
+
+
+def _tell_agent(verb, *arguments):
+    """Tell the agent what the kernel has been told already. Without it nothing is lost: it reads the sets at its start."""
+    try:
+        client.ask(verb, *arguments)
+    except client.AgentError as err:
+        log.warning("mailfw: %s", err)
+
+
+def trust(address, period=None, services=None):
+    """
+    Trust an address on this host, and lift its rate bans. Blocks stay.
+
+    address
+        The address.
+
+    period
+        For how long. Default: ``mailfw:trusted:period``.
+
+    services
+        The services or ports, as a list or with commas between them. Default: every login port of the host.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.trust 192.0.2.1
+        salt mx1 mailfw.trust 192.0.2.1 period=5h services=submission,submissions
+    """
+    host = _host_settings()
+    source, ports = _address(address), _ports(services, host)
+    seconds = host["trusted"]["period"] if period is None else _period(period)
+    key = str(elements.trusted_key(source, host))
+    _run(elements.trust(source, dict.fromkeys(ports, seconds), host))
+    _tell_agent("remember", key, ",".join(map(str, ports)), str(time.time() + seconds))
+    log.info("mailfw: trust %s on %s for %s s, by an operator", key, ports, seconds)
+    return {"trusted": key, "ports": ports, "period": parse.duration_text(seconds)}
+
+
+def untrust(address, services=None):
+    """
+    End an address's trust on this host, whether a login earned it or an operator gave it. Trusted networks stay.
+
+    address
+        The address.
+
+    services
+        The services or ports, as a list or with commas between them. Default: every login port of the host.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.untrust 192.0.2.1
+    """
+    host = _host_settings()
+    source, ports = _address(address), _ports(services, host)
+    key = str(elements.trusted_key(source, host))
+    had = sorted(set(ports) & set(_trusted(source).get(key, {})))
+    _run(elements.untrust(source, ports, host))
+    _tell_agent("forget", key)
+    log.info("mailfw: untrust %s on %s, by an operator", key, had)
+    return {"untrusted": key, "ports": had}
+
+
+def ban(address, role=None, period=None):
+    """
+    Ban a source from the limited ports of a role, as if it had exceeded the rate. A login or ``unban`` lifts it.
+
+    address
+        The address.
+
+    role
+        ``postfix`` or ``dovecot``. Default: both.
+
+    period
+        For how long. Default: ``mailfw:autoban:period``.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.ban 192.0.2.1
+        salt mx1 mailfw.ban 192.0.2.1 role=dovecot period=90m
+    """
+    host = _host_settings()
+    source, roles = _address(address), _roles(role)
+    seconds = host["autoban"]["period"] if period is None else _period(period)
+    key = str(elements.source_key(source, host))
+    _run(elements.ban(source, roles, seconds, host))
+    log.info("mailfw: ban %s from %s for %s s, by an operator", key, ", ".join(roles), seconds)
+    return {"banned": key, "roles": list(roles), "period": parse.duration_text(seconds)}
+
+
+def unban(address, role=None):
+    """
+    Lift a source's rate bans, and let it start with a full burst again.
+
+    address
+        The address.
+
+    role
+        ``postfix`` or ``dovecot``. Default: both.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.unban 192.0.2.1
+    """
+    host = _host_settings()
+    source, roles = _address(address), _roles(role)
+    key = str(elements.source_key(source, host))
+    had = [one for one in roles if key in _banned(one, source)]
+    meters = [name for kind, name in _live() if kind == "set" and name.startswith("rate_") and name.split("_")[1] in roles]
+    _run(elements.unban(source, roles, host) + elements.refill(source, meters, host))
+    log.info("mailfw: unban %s from %s, by an operator", key, ", ".join(had))
+    return {"unbanned": key, "roles": had}
+
+
+def block(address, period=None):
+    """
+    Block a source from every login port of this host, whatever else it is, and end its sessions. Only ``unblock``
+    lifts it; a trusted network of the pillar is never blocked.
+
+    address
+        The address.
+
+    period
+        For how long. Default: until it is unblocked.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.block 192.0.2.1
+        salt mx1 mailfw.block 192.0.2.1 period=1d
+    """
+    host = _host_settings()
+    source = _address(address)
+    seconds = None if period is None else _period(period)
+    key = str(elements.source_key(source, host))
+    _run(elements.block(source, seconds, host))
+    lasting = parse.duration_text(seconds) if seconds else "forever"
+    log.info("mailfw: block %s for %s, by an operator", key, lasting)
+    return {"blocked": key, "period": lasting}
+
+
+def unblock(address):
+    """
+    End a source's block. Blocked networks of the pillar stay.
+
+    address
+        The address.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.unblock 192.0.2.1
+    """
+    host = _host_settings()
+    source = _address(address)
+    key = str(elements.source_key(source, host))
+    had = key in elements.by_address(_elements(f"blocked_{elements.family(source)}"))
+    _run(elements.unblock(source, host))
+    log.info("mailfw: unblock %s, by an operator", key)
+    return {"unblocked": key, "was_blocked": had}
+
+
+def check(address):
+    """
+    Say how this host treats an address: for each of its services whether it is accepted, and why.
+
+    address
+        The address.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.check 192.0.2.1
+    """
+    host = _host_settings()
+    source = _address(address)
+    trusted = _trusted(source).get(str(elements.trusted_key(source, host)), {})
+    key = str(elements.source_key(source, host))
+    banned = {role: _banned(role, source).get(key) for role in host["roles"]}
+    blocked = elements.by_address(_elements(f"blocked_{elements.family(source)}")).get(key)
+    return {
+        "address": str(source),
+        "services": {
+            service["name"]: rules.decision(source, service, trusted, banned.get(service["role"]), blocked, host)
+            for service in host["services"]
+        },
+    }
+
+
+def _live():
+    try:
+        return ruleset.live()
+    except nft.NftError as err:
+        raise CommandExecutionError(str(err)) from err
+
+
+def _trusted(source):
+    return elements.by_address_and_port(_elements(f"trusted_{elements.family(source)}"))
+
+
+def _banned(role, source):
+    return elements.by_address(_elements(f"banned_{role}_{elements.family(source)}"))
+
+
+def list_trusted():
+    """
+    Return the trusted addresses of this host: address -> port -> how long it still is.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.list_trusted
+    """
+    found = {}
+    for family in ("ipv4", "ipv6"):
+        found.update(elements.by_address_and_port(_elements(f"trusted_{family}")))
+    return found
+
+
+def list_banned(role=None):
+    """
+    Return the banned sources of this host: role -> address -> how long it still is.
+
+    role
+        ``postfix`` or ``dovecot``. Default: both.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.list_banned
+    """
+    found = {}
+    for one in _roles(role):
+        found[one] = {}
+        for family in ("ipv4", "ipv6"):
+            found[one].update(elements.by_address(_elements(f"banned_{one}_{family}")))
+    return found
+
+
+def list_blocked():
+    """
+    Return the sources that operators have blocked on this host: address -> how long it still is.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.list_blocked
+    """
+    found = {}
+    for family in ("ipv4", "ipv6"):
+        found.update(elements.by_address(_elements(f"blocked_{family}")))
+    return found
+
+
+def login(address, user=""):
+    """
+    Do what Dovecot's login hook does: trust an address for the period, and announce it to the fleet.
+
+    For callers without the hook, such as a webmail or a login service of your own.
+
+    address
+        The address that has logged in.
+
+    user
+        Who has. Default: nobody in particular.
+
+    Raises CommandExecutionError when the agent does not answer or refuses the address.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call mailfw.login 192.0.2.1
+    """
+    return _ask_agent("login", str(_address(address)), str(user))
+
+
+def receive(messages):  # pylint: disable=redefined-outer-name
+    """
+    Hand signed messages of other mail hosts to this host's agent, which checks them. Called by the master's runner.
+
+    messages
+        A list of messages.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.receive '["<signature> {...}"]'
+    """
+    if not isinstance(messages, list) or not all(isinstance(message, str) for message in messages):
+        raise SaltInvocationError("messages: expected a list of signed messages")
+    if not os.path.exists(client.SOCKET):
+        return "no mailfw-agent on this host"
+    return _ask_agent("receive", *messages)
+
+
+def agent_status():
+    """
+    Return what this host's agent says of itself: version, mode, keys' fingerprints, logins, outbox, last echo.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.agent_status
+    """
+    return json.loads(_ask_agent("status"))
+
+
+def _ask_agent(verb, *arguments):
+    try:
+        return client.ask(verb, *arguments)
+    except client.AgentError as err:
+        raise CommandExecutionError(str(err)) from err

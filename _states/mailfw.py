@@ -1,0 +1,94 @@
+"""
+Bring a mail host's firewall to what its ``mailfw`` pillar says.
+
+``state.apply mailfw`` uses these in order: check the settings, load the rules, save the settings for the agent.
+:py:func:`reactor_configured` is for the master.
+"""
+
+from salt.exceptions import CommandExecutionError
+
+__virtualname__ = "mailfw"
+
+
+def __virtual__():
+    return __virtualname__
+
+
+def _result(name, result=True, comment="", changes=None):
+    return {"name": name, "result": result, "comment": comment, "changes": changes or {}}
+
+
+def settings_valid(name):
+    """
+    Check the minion's ``mailfw`` pillar, and fail with everything that is wrong with it. Changes nothing.
+
+    name
+        A sentence for people.
+
+    .. code-block:: yaml
+
+        mailfw settings are valid:
+          mailfw.settings_valid: []
+    """
+    try:
+        mode = __salt__["mailfw.settings"]()["protection"]["type"]
+    except CommandExecutionError as err:
+        return _result(name, False, str(err))
+    return _result(name, comment=f"The mailfw pillar is valid; the mode is {mode}.")
+
+
+def ruleset(name):
+    """
+    Load the rules that the pillar asks for, in one transaction, and write their files once the kernel has taken them.
+
+    The change is shown as a diff of what the kernel lists. Rules that do not load change nothing, and nft says why.
+
+    name
+        A sentence for people.
+
+    .. code-block:: yaml
+
+        mailfw ruleset is loaded:
+          mailfw.ruleset: []
+    """
+    testing = __opts__["test"]
+    try:
+        files = __salt__["mailfw.render"](saltenv=__env__)
+        done = __salt__["mailfw.apply"](files=files, test=testing)
+    except CommandExecutionError as err:
+        return _result(name, False, str(err))
+    changes = {kind: value for kind, value in done.items() if value}
+    if not changes:
+        return _result(name, comment="The ruleset is loaded and its files are as they should be.")
+    if testing:
+        return _result(name, None, "The ruleset would be changed.", changes)
+    return _result(name, comment="The ruleset was changed.", changes=changes)
+
+
+def settings_saved(name, login_users=("dovecot",)):
+    """
+    Save the minion's settings on the host, for the agent and the operator's verbs.
+
+    name
+        A sentence for people.
+
+    login_users
+        The users as which Dovecot runs the login hook. Default: ``dovecot``.
+
+    .. code-block:: yaml
+
+        mailfw settings are saved:
+          mailfw.settings_saved: []
+    """
+    testing = __opts__["test"]
+    try:
+        changed = __salt__["mailfw.save_settings"](login_users=login_users, test=testing)
+    except CommandExecutionError as err:
+        return _result(name, False, str(err))
+    if not changed:
+        return _result(name, comment="The settings on this host are as they should be.")
+    # The file holds the fleet's keys: it is not shown.
+    changes = {"settings": "replaced"}
+    if testing:
+        return _result(name, None, "The settings would be replaced.", changes)
+    return _result(name, comment="The settings were replaced.", changes=changes)

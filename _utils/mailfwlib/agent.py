@@ -1,0 +1,358 @@
+"""The host's agent: makes the address of a login trusted at once, here and on the other mail hosts.
+
+A small daemon without Salt. It answers requests on a Unix socket one after the other, since each costs a fraction
+of a millisecond, and only ever adds elements there. Telling the fleet is :mod:`mailfwlib.announcer`'s, in a
+thread of its own.
+
+Requests are packets of fields with NUL between them; replies are ``ok`` or ``error`` and a text:
+
+=================================  ===========  =====================================================
+request                            who may      what it does
+=================================  ===========  =====================================================
+``login`` address user             Dovecot      trusts the address for the period, and announces it
+``receive`` message...             root         trusts the addresses that signed messages announce
+``remember`` address ports until   root         never shortens a trust that an operator has given
+``forget`` address                 root         takes an address for one that never logged in
+``status``                         root         reports as JSON
+=================================  ===========  =====================================================
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pwd
+import selectors
+import signal
+import socket
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+from mailfwlib import __version__, client, elements, messages, nft, parse
+from mailfwlib.announcer import Announcer
+from mailfwlib.parse import Address
+from mailfwlib.settings import Settings, login_ports
+
+SETTINGS = Path("/etc/mailfw/settings.json")
+#: A client that has connected and says nothing is dropped after this many seconds.
+PATIENCE = 2.0
+#: Clients that may be connected at once; the kernel's queue holds the others.
+MOST_CLIENTS = 512
+#: Addresses whose last login is remembered.
+MOST_LOGINS = 200_000
+#: The same complaint is logged once in this many seconds.
+QUIET = 60.0
+
+log = logging.getLogger("mailfw-agent")
+
+
+class Refused(Exception):
+    """A request that is not granted; the message goes to the caller."""
+
+
+class Agent:
+    """What the agent knows and does, apart from sockets."""
+
+    def __init__(self, settings_path: Path = SETTINGS):
+        self._path = settings_path
+        self._stamp: tuple[int, int] | None = None
+        self._nft = nft.Library()
+        self._seen = messages.Seen()
+        self._complained: dict[str, float] = {}
+        #: When the trust that logins have earned ends: address -> Unix time.
+        self._earned: dict[Address, float] = {}
+        #: When a trust ends that lasts longer than a login's, so that a login does not shorten it.
+        self._given: dict[tuple[Address, int], float] = {}
+        self.settings: Settings = {}
+        self.counts = {"logins": 0, "received": 0, "refused": 0}
+        self.refresh_settings()
+        self.announcer = Announcer(lambda: self.settings)
+        self._recall()
+
+    def _recall(self) -> None:
+        """Learn from the kernel's sets who is trusted, once, at the start."""
+        now = time.time()
+        for family in ("ipv4", "ipv6"):
+            try:
+                listed = nft.elements(f"trusted_{family}")
+            except nft.NftError as err:
+                log.warning("trusted_%s cannot be read: %s", family, err)
+                continue
+            for element in listed:
+                address, port = element["val"]["concat"]
+                self._note(parse.address(address), int(port), now + element.get("expires", parse.LONGEST))
+
+    def _note(self, key: Address, port: int, until: float) -> None:
+        if until > time.time() + self.settings["trusted"]["period"]:
+            self._given[key, port] = until
+        else:
+            self._remember(key, max(until, self._earned.get(key, 0.0)))
+
+    def refresh_settings(self) -> None:
+        """Read the settings file again if it was replaced; keep the old settings if it cannot be read."""
+        try:
+            found = self._path.stat()
+            stamp = (found.st_mtime_ns, found.st_ino)
+            if stamp != self._stamp:
+                self.settings = json.loads(self._path.read_text(encoding="utf-8"))
+                self._stamp = stamp
+                log.info("settings read: mode %s", self.settings["protection"]["type"])
+        except (OSError, ValueError, KeyError, TypeError) as err:
+            if not self.settings:
+                raise
+            self._complain("settings", f"{self._path}: {err}; going on with the settings from before")
+
+    def handle(self, request: bytes, uid: int) -> str:
+        """Carry out one request of a user; return the reply's text. Raises Refused."""
+        self.refresh_settings()
+        verb, *arguments = request.decode("utf-8", "replace").split("\0")
+        root = uid == 0
+        if verb == "login" and (root or uid in _login_uids(self.settings)) and len(arguments) == 2:
+            return self._login(*arguments)
+        if verb == "receive" and root and arguments:
+            return self._receive(arguments)
+        if verb == "remember" and root and len(arguments) == 3:
+            for port in arguments[1].split(","):
+                self._note(parse.address(arguments[0]), int(port), float(arguments[2]))
+            return ""
+        if verb == "forget" and root and len(arguments) == 1:
+            self._forget(parse.address(arguments[0]))
+            return ""
+        if verb == "status" and root and not arguments:
+            return json.dumps(self.status())
+        self._complain(f"request {uid}", f"uid {uid} asked for {verb!r:.40}, which is not for it or not known")
+        raise Refused(f"{verb!r:.40}: not allowed, or not known")
+
+    def _login(self, address_text: str, user: str) -> str:
+        try:
+            address = parse.address(address_text)
+        except ValueError as err:
+            raise Refused(f"{address_text!r:.60}: {err}") from err
+        reason = elements.never_trusted(address, self.settings) or _own_address(address)
+        ports = [] if reason else elements.ports_for_login(address, self.settings)
+        if not ports:
+            return f"{address} is not trusted: {reason or 'no mailfw:trusted network admits it, and the mode is private'}"
+        now = time.time()
+        until = now + self.settings["trusted"]["period"]
+        known = self._earned.get(elements.trusted_key(address, self.settings), 0.0)
+        self._trust(address, ports, until)
+        self.counts["logins"] += 1
+        if until - known >= self.settings["trusted"]["period"] / 10:
+            self.announcer.announce(elements.trusted_key(address, self.settings), now)
+        return f"{address} is trusted"
+
+    def _trust(self, address: Address, ports: list[int], until: float) -> None:
+        """Put a login's trust into the kernel's sets. Raises Refused."""
+        key, now = elements.trusted_key(address, self.settings), time.time()
+        seconds = {port: max(1, int(max(until, self._given.get((key, port), 0.0)) - now)) for port in ports}
+        try:
+            self._nft.run(elements.trust(address, seconds, self.settings))
+        except nft.NftError as err:
+            self._complain("nft", f"{address} cannot be trusted: {err}")
+            raise Refused(f"{address} cannot be trusted: {err}") from err
+        self._remember(key, until)
+
+    def _remember(self, key: Address, until: float) -> None:
+        self._earned.pop(key, None)
+        self._earned[key] = until
+        if len(self._earned) > MOST_LOGINS:
+            del self._earned[next(iter(self._earned))]
+
+    def _forget(self, key: Address) -> None:
+        self._earned.pop(key, None)
+        for port in [port for address, port in self._given if address == key]:
+            del self._given[key, port]
+
+    def _receive(self, texts: list[str]) -> str:
+        """Trust what messages announce. One that must not be believed is dropped, and said; the others count."""
+        trusted = 0
+        for text in texts:
+            try:
+                message = messages.verify(text, self.settings["fleet"]["keys"])
+                if not self._seen.first_time(message, time.time()):
+                    continue
+            except messages.MessageError as err:
+                self.counts["refused"] += 1
+                self._complain(f"message {err}"[:60], f"a message was dropped: {err}")
+                continue
+            self.counts["received"] += 1
+            if message.sender == self.settings["host"]["id"]:
+                self.announcer.echoed(message.nonce)
+            else:
+                trusted += sum(self._believe(address, at) for address, at in message.logins.items())
+        return f"{trusted} addresses trusted"
+
+    def _believe(self, address: Address, at: float) -> bool:
+        """Trust an address that logged in on another host; return whether that was news. The later login counts."""
+        until = at + self.settings["trusted"]["period"]
+        known = self._earned.get(elements.trusted_key(address, self.settings), 0.0)
+        if until <= max(known, time.time() + 1) or elements.never_trusted(address, self.settings) or _own_address(address):
+            return False
+        ports = elements.ports_for_login(address, self.settings)
+        if not ports:
+            return False
+        try:
+            self._trust(address, ports, until)
+        except Refused:
+            return False
+        return True
+
+    def status(self) -> dict[str, Any]:
+        """Return what operators ask of the agent."""
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "mode": self.settings["protection"]["type"],
+            "ports": login_ports(self.settings),
+            "keys": [messages.fingerprint(key) for key in self.settings["fleet"]["keys"]],
+            **self.counts,
+            **self.announcer.status(),
+        }
+
+    def _complain(self, about: str, sentence: str) -> None:
+        """Log a warning, the same one at most once a minute."""
+        now = time.monotonic()
+        if now - self._complained.get(about, -QUIET) >= QUIET:
+            if len(self._complained) > 1000:
+                self._complained.clear()
+            self._complained[about] = now
+            log.warning("%s", sentence)
+
+
+def _login_uids(settings: Settings) -> list[int]:
+    """Return the users that may report logins; one that does not exist yet is skipped."""
+    uids = []
+    for name in settings["host"]["login_users"]:
+        try:
+            uids.append(pwd.getpwnam(name).pw_uid)
+        except KeyError:
+            continue
+    return uids
+
+
+def _own_address(address: Address) -> str:
+    """Return a reason when an address is this host's own: only those can be bound."""
+    kind = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    try:
+        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(address), 0))
+    except OSError:
+        return ""
+    return "is this host's own"
+
+
+class Server:
+    """The agent's socket: takes one request from each connection, answers it and closes."""
+
+    def __init__(self, listener: socket.socket, handle: Callable[[bytes, int], str]):
+        self._listener = listener
+        self._handle = handle
+        self._selector = selectors.DefaultSelector()
+        self._deadlines: dict[socket.socket, float] = {}
+        self._accepting = False
+        self.stopping = False
+        listener.setblocking(False)
+        self._accept(True)
+
+    def serve(self) -> None:
+        """Serve until :attr:`stopping` is set."""
+        while not self.stopping:
+            for key, _ in self._selector.select(timeout=0.5):
+                if key.fileobj is self._listener:
+                    self._welcome()
+                else:
+                    self._answer(key.fileobj)
+            self._drop_silent()
+
+    def _accept(self, wanted: bool) -> None:
+        if wanted and not self._accepting:
+            self._selector.register(self._listener, selectors.EVENT_READ)
+        elif self._accepting and not wanted:
+            self._selector.unregister(self._listener)
+        self._accepting = wanted
+
+    def _welcome(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        connection.setblocking(False)
+        self._deadlines[connection] = time.monotonic() + PATIENCE
+        self._selector.register(connection, selectors.EVENT_READ)
+        self._accept(len(self._deadlines) < MOST_CLIENTS)
+
+    def _answer(self, connection: Any) -> None:
+        try:
+            request = connection.recv(client.LONGEST + 1)
+            if request:
+                connection.send(self._reply(request, _peer_uid(connection)))
+        except OSError as err:
+            log.debug("a client went away: %s", err)
+        self._close(connection)
+
+    def _reply(self, request: bytes, uid: int) -> bytes:
+        try:
+            if len(request) > client.LONGEST:
+                raise Refused("too long")
+            return b"ok\0" + self._handle(request, uid).encode()
+        except Refused as err:
+            return b"error\0" + str(err).encode("utf-8", "replace")
+        except Exception:
+            # One request must not end the service of all the others.
+            log.exception("a request failed")
+            return b"error\0internal error; see the agent's log"
+
+    def _close(self, connection: socket.socket) -> None:
+        self._selector.unregister(connection)
+        del self._deadlines[connection]
+        connection.close()
+        self._accept(len(self._deadlines) < MOST_CLIENTS)
+
+    def _drop_silent(self) -> None:
+        now = time.monotonic()
+        for connection in [one for one, deadline in self._deadlines.items() if deadline < now]:
+            self._close(connection)
+
+
+def _peer_uid(connection: socket.socket) -> int:
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[1])
+
+
+def _listener() -> socket.socket:
+    """Return the socket that systemd hands over (sd_listen_fds(3))."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS") != "1":
+        raise SystemExit("mailfw-agent: expected one socket from systemd; start mailfw-agent.socket")
+    return socket.socket(fileno=3)
+
+
+def _notify(state: str) -> None:
+    """Tell systemd (sd_notify(3))."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.connect("\0" + path[1:] if path.startswith("@") else path)
+            notify.send(state.encode())
+
+
+def main() -> int:
+    """Run the agent until SIGTERM; return its exit status."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    agent = Agent()
+    server = Server(_listener(), agent.handle)
+
+    def stop(*_: Any) -> None:
+        server.stopping = True
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    agent.announcer.start()
+    _notify("READY=1")
+    log.info("mailfw-agent %s ready", __version__)
+    server.serve()
+    agent.announcer.stop()
+    return 0

@@ -1,0 +1,144 @@
+"""Telling the fleet of logins: a thread that signs them, and a helper process with Salt's Python that fires events.
+
+``event.send`` returns True even when the event is lost, so a message counts as delivered only when its echo comes
+back: the master publishes every message to all mail hosts, its sender included. Until then it is sent again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from mailfwlib import messages
+from mailfwlib.parse import Address
+from mailfwlib.settings import Settings
+
+TAG = "mailfw/login"
+#: Seconds in which logins are collected into one message, once the first of a quiet period has gone out.
+WINDOW = 0.25
+#: Seconds after which a message without an echo is sent again: doubled each time, until one comes back.
+FIRST_WAIT = 5.0
+LONGEST_WAIT = 60.0
+#: Logins that may wait for their echo; beyond that the oldest is dropped, and counted.
+MOST_WAITING = 100_000
+
+log = logging.getLogger("mailfw-agent")
+
+
+class Announcer:
+    """Collects logins and announces them until their echo has come back."""
+
+    def __init__(self, settings: Callable[[], Settings]):
+        self._settings = settings
+        self._wake = threading.Condition()
+        self._waiting: dict[Address, float] = {}
+        self._sent: dict[str, tuple[dict[Address, float], float]] = {}
+        self._wait = FIRST_WAIT
+        self._helper: subprocess.Popen[str] | None = None
+        self._stopping = False
+        self._dropped = 0
+        self._last_echo: float | None = None
+        self._thread = threading.Thread(target=self._run, name="announcer", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Send what waits, and end the thread and its helper."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join(timeout=2)
+        self._end_helper()
+
+    def announce(self, address: Address, at: float) -> None:
+        """Have a login announced. Returns at once."""
+        with self._wake:
+            self._put(address, at)
+            self._wake.notify()
+
+    def echoed(self, nonce: str) -> None:
+        """Note that a message has come back."""
+        with self._wake:
+            if self._sent.pop(nonce, None):
+                self._last_echo = time.time()
+                self._wait = FIRST_WAIT
+
+    def status(self) -> dict[str, Any]:
+        """Return how many logins have had no echo so far, how many were dropped, and when the last echo came."""
+        with self._wake:
+            outbox = len(self._waiting) + sum(len(logins) for logins, _ in self._sent.values())
+            return {"outbox": outbox, "dropped": self._dropped, "last_echo": self._last_echo}
+
+    def _put(self, address: Address, at: float) -> None:
+        at = max(at, self._waiting.pop(address, 0.0))
+        self._waiting[address] = at
+        if len(self._waiting) > MOST_WAITING:
+            del self._waiting[next(iter(self._waiting))]
+            self._dropped += 1
+
+    def _run(self) -> None:
+        while self._work_to_do():
+            try:
+                self._send_waiting()
+            except Exception:
+                # Logins are trusted on this host whether or not the fleet hears of them.
+                log.exception("logins could not be announced")
+            if not self._stopping:
+                time.sleep(WINDOW)
+
+    def _work_to_do(self) -> bool:
+        """Wait until logins have to be announced, and return True; or False when it is time to end."""
+        with self._wake:
+            while not self._waiting and not self._stopping:
+                self._wake.wait(timeout=1.0)
+                self._take_back_unanswered()
+            return bool(self._waiting)
+
+    def _take_back_unanswered(self) -> None:
+        now = time.monotonic()
+        late = [nonce for nonce, (_, due) in self._sent.items() if due < now]
+        for nonce in late:
+            for address, at in self._sent.pop(nonce)[0].items():
+                self._put(address, at)
+        if late:
+            self._wait = min(self._wait * 2, LONGEST_WAIT)
+
+    def _send_waiting(self) -> None:
+        """Send the logins that wait, as many as one message takes; without a key the fleet is not told."""
+        settings, nonce = self._settings(), messages.new_nonce()
+        keys = settings["fleet"]["keys"]
+        with self._wake:
+            logins = {address: self._waiting.pop(address) for address in list(self._waiting)[: messages.MOST_LOGINS]}
+            if keys:
+                self._sent[nonce] = (logins, time.monotonic() + self._wait)
+        if keys:
+            text = messages.sign(settings["host"]["id"], nonce, logins, keys[0])
+            self._fire(settings["host"]["salt_helper"], {"tag": TAG, "data": {"message": text}})
+
+    def _fire(self, command: list[str], event: dict[str, Any]) -> None:
+        """Hand an event to the helper; start it first if it is not running."""
+        if self._helper is None or self._helper.poll() is not None:
+            self._end_helper()
+            self._helper = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+        assert self._helper.stdin
+        try:
+            print(json.dumps(event), file=self._helper.stdin, flush=True)
+        except OSError as err:
+            log.warning("the helper that fires Salt events is gone (%s); the logins are announced again", err)
+
+    def _end_helper(self) -> None:
+        if self._helper is None:
+            return
+        try:
+            self._helper.communicate(timeout=2)
+        except (subprocess.TimeoutExpired, OSError, ValueError):
+            self._helper.kill()
+            self._helper.wait()
+        self._helper = None

@@ -1,0 +1,53 @@
+# The host's agent: trusts the addresses of logins, here and, through the master, on the fleet's other mail hosts.
+{%- from "mailfw/map.jinja" import os, roles with context %}
+
+include:
+  - mailfw.ruleset
+
+mailfw agent is installed:
+  file.recurse:
+    - name: /usr/lib/mailfw/mailfwlib
+    - source: salt://_utils/mailfwlib
+    - saltenv: base
+    - clean: True
+    - include_pat: "*.py"
+    - file_mode: "0644"
+    - dir_mode: "0755"
+    - require:
+      - mailfw: mailfw settings are saved
+
+mailfw agent can be started:
+  file.managed:
+    - names:
+      - /usr/lib/mailfw/mailfw-agent:
+        - source: salt://mailfw/agent/files/mailfw-agent
+        - mode: "0755"
+      - /usr/lib/mailfw/salt_helper.py:
+        - source: salt://mailfw/agent/files/salt_helper.py
+      - {{ os.unit_directory }}/mailfw-agent.service:
+        - source: salt://mailfw/agent/files/mailfw-agent.service
+      - {{ os.unit_directory }}/mailfw-agent.socket:
+        - source: salt://mailfw/agent/files/mailfw-agent.socket
+        - template: jinja
+        - context:
+            login_group: {{ os.dovecot_login_user if "dovecot" in roles else "" }}
+    - mode: "0644"
+    - require:
+      - file: mailfw agent is installed
+
+mailfw agent can be reached:
+  service.running:
+    - name: mailfw-agent.socket
+    - enable: True
+    - require:
+      - file: mailfw agent can be started
+
+mailfw agent is running:
+  service.running:
+    - name: mailfw-agent
+    - enable: True
+    - require:
+      - service: mailfw agent can be reached
+    - watch:
+      - file: mailfw agent is installed
+      - file: mailfw agent can be started
