@@ -13,14 +13,15 @@ import glob
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 
 import salt.utils.files
-from salt.exceptions import CommandExecutionError, SaltInvocationError
-
+import salt.utils.yaml
 from mailfwlib import client, elements, messages, nft, parse, rules, ruleset
 from mailfwlib import settings as schema
+from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ def _present_files():
     return found
 
 
-def _write(path, text, mode):
+def _write(path, text, mode, owner="root"):
     """Replace a file at once, so that a reader sees the old or the new one; ``None`` removes it."""
     if text is None:
         os.unlink(path)
@@ -161,7 +162,20 @@ def _write(path, text, mode):
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+    shutil.chown(fresh, owner)
     os.replace(fresh, path)
+
+
+def _replace(path, text, mode, test, owner="root"):
+    """Make a file say ``text``, unless this is a test; return whether it says something else so far."""
+    try:
+        with salt.utils.files.fopen(path) as stream:
+            same = stream.read() == text
+    except FileNotFoundError:
+        same = False
+    if not same and not test:
+        _write(path, text, mode, owner)
+    return not same
 
 
 def save_settings(login_users=("dovecot",), test=False):
@@ -188,15 +202,7 @@ def save_settings(login_users=("dovecot",), test=False):
         "login_users": list(login_users),
         "salt_helper": [sys.executable, SALT_HELPER, configuration],
     }
-    text = json.dumps(wanted, indent=1, sort_keys=True) + "\n"
-    try:
-        with salt.utils.files.fopen(SETTINGS) as stream:
-            same = stream.read() == text
-    except FileNotFoundError:
-        same = False
-    if not same and not test:
-        _write(SETTINGS, text, mode=0o600)
-    return not same
+    return _replace(SETTINGS, json.dumps(wanted, indent=1, sort_keys=True) + "\n", 0o600, test)
 
 
 def _address(value):
@@ -364,7 +370,9 @@ def unban(address, role=None):
     source, roles = _address(address), _roles(role)
     key = str(elements.source_key(source, host))
     had = [one for one in roles if key in _banned(one, source)]
-    meters = [name for kind, name in _live() if kind == "set" and name.startswith("rate_") and name.split("_")[1] in roles]
+    meters = [
+        name for kind, name in _live() if kind == "set" and name.startswith("rate_") and name.split("_")[1] in roles
+    ]
     _run(elements.unban(source, roles, host) + elements.refill(source, meters, host))
     log.info("mailfw: unban %s from %s, by an operator", key, ", ".join(had))
     return {"unbanned": key, "roles": had}
@@ -539,12 +547,14 @@ def login(address, user=""):
     return _ask_agent("login", str(_address(address)), str(user))
 
 
-def receive(messages):  # pylint: disable=redefined-outer-name
+def receive(signed):
     """
     Hand signed messages of other mail hosts to this host's agent, which checks them. Called by the master's runner.
 
-    messages
-        A list of messages.
+    Returns how many addresses that was news for.
+
+    signed
+        A list of messages, as the senders' agents signed them.
 
     CLI Example:
 
@@ -552,11 +562,11 @@ def receive(messages):  # pylint: disable=redefined-outer-name
 
         salt mx1 mailfw.receive '["<signature> {...}"]'
     """
-    if not isinstance(messages, list) or not all(isinstance(message, str) for message in messages):
-        raise SaltInvocationError("messages: expected a list of signed messages")
+    if not isinstance(signed, list) or not all(isinstance(message, str) for message in signed):
+        raise SaltInvocationError("signed: expected a list of signed messages")
     if not os.path.exists(client.SOCKET):
-        return "no mailfw-agent on this host"
-    return _ask_agent("receive", *messages)
+        return {"trusted": 0, "comment": "no mailfw-agent on this host"}
+    return {"trusted": sum(int(_ask_agent("receive", message)) for message in signed)}
 
 
 def agent_status():
@@ -577,3 +587,84 @@ def _ask_agent(verb, *arguments):
         return client.ask(verb, *arguments)
     except client.AgentError as err:
         raise CommandExecutionError(str(err)) from err
+
+
+def catch_up():
+    """
+    Ask the master for the fleet's logins, and have this host's agent trust those that it has missed.
+
+    Called by the minion's scheduler every ten minutes. Returns what the agent says.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.catch_up
+    """
+    host = _host_settings()
+    keys = host["fleet"]["keys"]
+    if not keys:
+        return "this host has no fleet keys: its logins stay on it"
+    request = messages.sign(host["host"]["id"], messages.new_nonce(), {}, keys[0])
+    answer = __salt__["publish.runner"]("mailfw.trusts", [request])
+    if not isinstance(answer, list):
+        raise CommandExecutionError(f"the master gave no list of logins, but: {answer!r:.200}")
+    return receive(answer) if answer else "no logins to catch up with"
+
+
+def configure_master(test=False):
+    """
+    Write ``master.d/mailfw.conf`` for the master on this host: the reactor, what mail hosts may ask, the fleet's keys.
+
+    In Salt's configuration a list in ``master.d`` replaces the one in the main file, so the main file's own ``reactor``
+    and ``peer_run`` are repeated there. Returns whether it differs from what was there. The master must be restarted
+    to read it.
+
+    test
+        Whether to write nothing. Default: ``False``.
+
+    Raises CommandExecutionError when there is no master here, its configuration cannot be read, or the pillar has no
+    fleet keys.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call mailfw.configure_master test=True
+    """
+    fleet = _pillar_settings()["fleet"]
+    if not fleet["keys"]:
+        raise CommandExecutionError("mailfw:fleet:keys: []: the master needs the fleet's keys to know its messages")
+    directory = os.path.dirname(__opts__["conf_file"])
+    main = _yaml_mapping(os.path.join(directory, "master"))
+    path = os.path.join(directory, "master.d", "mailfw.conf")
+    others = [
+        _yaml_mapping(other) for other in glob.glob(os.path.join(directory, "master.d", "*.conf")) if other != path
+    ]
+    kept = {name: value for name, value in main.items() if not any(name in other for other in others)}
+    peers = dict(kept.get("peer_run") or {})
+    peers[".*"] = [*peers.get(".*", []), "mailfw.trusts"]
+    configuration = {
+        "reactor": [*(kept.get("reactor") or []), {"mailfw/login": [f"{TREE}/reactor/login.sls"]}],
+        "peer_run": peers,
+        "mailfw": fleet,
+    }
+    text = (
+        "# Managed by Salt (mailfw). A list here replaces the one in the main file: that is why its own are repeated.\n"
+        "# After a change there, apply the state mailfw.reactor again.\n"
+        + salt.utils.yaml.safe_dump(configuration, default_flow_style=False)
+    )
+    return _replace(path, text, 0o600, test, owner=main.get("user", "root"))
+
+
+def _yaml_mapping(path):
+    try:
+        with salt.utils.files.fopen(path) as stream:
+            found = salt.utils.yaml.safe_load(stream) or {}
+    except OSError as err:
+        raise CommandExecutionError(f"{path}: {err.strerror}") from err
+    except salt.utils.yaml.YAMLError as err:
+        raise CommandExecutionError(f"{path}: not YAML: {err}") from err
+    if not isinstance(found, dict):
+        raise CommandExecutionError(f"{path}: expected a mapping")
+    return found

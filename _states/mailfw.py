@@ -80,15 +80,33 @@ def settings_saved(name, login_users=("dovecot",)):
         mailfw settings are saved:
           mailfw.settings_saved: []
     """
+    return _replaced(name, "settings", __salt__["mailfw.save_settings"], login_users=login_users)
+
+
+def reactor_configured(name):
+    """
+    Configure the master on this host: the reactor for logins, what mail hosts may ask of it, and the fleet's keys. The
+    lists in the master's main configuration file stay in force. The master must be restarted after a change.
+
+    name
+        A sentence for people.
+
+    .. code-block:: yaml
+
+        mailfw master knows the fleet:
+          mailfw.reactor_configured: []
+    """
+    return _replaced(name, "master configuration", __salt__["mailfw.configure_master"])
+
+
+def _replaced(name, what, replace, **arguments):
+    """Report on a file that ``replace`` writes. It holds the fleet's keys, so it is not shown."""
     testing = __opts__["test"]
     try:
-        changed = __salt__["mailfw.save_settings"](login_users=login_users, test=testing)
+        changed = replace(test=testing, **arguments)
     except CommandExecutionError as err:
         return _result(name, False, str(err))
     if not changed:
-        return _result(name, comment="The settings on this host are as they should be.")
-    # The file holds the fleet's keys: it is not shown.
-    changes = {"settings": "replaced"}
-    if testing:
-        return _result(name, None, "The settings would be replaced.", changes)
-    return _result(name, comment="The settings were replaced.", changes=changes)
+        return _result(name, comment=f"The {what} on this host: as it should be.")
+    verb = "would be" if testing else "was"
+    return _result(name, None if testing else True, f"The {what} on this host {verb} replaced.", {what: "replaced"})

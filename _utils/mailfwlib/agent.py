@@ -10,7 +10,7 @@ Requests are packets of fields with NUL between them; replies are ``ok`` or ``er
 request                            who may      what it does
 =================================  ===========  =====================================================
 ``login`` address user             Dovecot      trusts the address for the period, and announces it
-``receive`` message...             root         trusts the addresses that signed messages announce
+``receive`` message                root         trusts the addresses that a signed message announces
 ``remember`` address ports until   root         never shortens a trust that an operator has given
 ``forget`` address                 root         takes an address for one that never logged in
 ``status``                         root         reports as JSON
@@ -113,8 +113,8 @@ class Agent:
         root = uid == 0
         if verb == "login" and (root or uid in _login_uids(self.settings)) and len(arguments) == 2:
             return self._login(*arguments)
-        if verb == "receive" and root and arguments:
-            return self._receive(arguments)
+        if verb == "receive" and root and len(arguments) == 1:
+            return str(self._receive(arguments[0]))
         if verb == "remember" and root and len(arguments) == 3:
             for port in arguments[1].split(","):
                 self._note(parse.address(arguments[0]), int(port), float(arguments[2]))
@@ -135,7 +135,9 @@ class Agent:
         reason = elements.never_trusted(address, self.settings) or _own_address(address)
         ports = [] if reason else elements.ports_for_login(address, self.settings)
         if not ports:
-            return f"{address} is not trusted: {reason or 'no mailfw:trusted network admits it, and the mode is private'}"
+            return (
+                f"{address} is not trusted: {reason or 'no mailfw:trusted network admits it, and the mode is private'}"
+            )
         now = time.time()
         until = now + self.settings["trusted"]["period"]
         known = self._earned.get(elements.trusted_key(address, self.settings), 0.0)
@@ -167,30 +169,34 @@ class Agent:
         for port in [port for address, port in self._given if address == key]:
             del self._given[key, port]
 
-    def _receive(self, texts: list[str]) -> str:
-        """Trust what messages announce. One that must not be believed is dropped, and said; the others count."""
-        trusted = 0
-        for text in texts:
-            try:
-                message = messages.verify(text, self.settings["fleet"]["keys"])
-                if not self._seen.first_time(message, time.time()):
-                    continue
-            except messages.MessageError as err:
-                self.counts["refused"] += 1
-                self._complain(f"message {err}"[:60], f"a message was dropped: {err}")
-                continue
-            self.counts["received"] += 1
-            if message.sender == self.settings["host"]["id"]:
-                self.announcer.echoed(message.nonce)
-            else:
-                trusted += sum(self._believe(address, at) for address, at in message.logins.items())
-        return f"{trusted} addresses trusted"
+    def _receive(self, text: str) -> int:
+        """Trust what a signed message announces; return how many addresses that was news for.
+
+        A message that must not be believed is dropped, and said.
+        """
+        try:
+            message = messages.verify(text, self.settings["fleet"]["keys"])
+            if not self._seen.first_time(message, time.time()):
+                return 0
+        except messages.MessageError as err:
+            self.counts["refused"] += 1
+            self._complain(f"message {err}"[:60], f"a message was dropped: {err}")
+            return 0
+        self.counts["received"] += 1
+        if message.sender == self.settings["host"]["id"]:
+            self.announcer.echoed(message.nonce)
+            return 0
+        return sum(self._believe(address, at) for address, at in message.logins.items())
 
     def _believe(self, address: Address, at: float) -> bool:
         """Trust an address that logged in on another host; return whether that was news. The later login counts."""
         until = at + self.settings["trusted"]["period"]
         known = self._earned.get(elements.trusted_key(address, self.settings), 0.0)
-        if until <= max(known, time.time() + 1) or elements.never_trusted(address, self.settings) or _own_address(address):
+        if (
+            until <= max(known, time.time() + 1)
+            or elements.never_trusted(address, self.settings)
+            or _own_address(address)
+        ):
             return False
         ports = elements.ports_for_login(address, self.settings)
         if not ports:

@@ -80,10 +80,12 @@ def _content(content: Any, now: float) -> Message:
     if content["version"] != VERSION:
         raise MessageError(f"version {content['version']!r}: this host speaks {VERSION}")
     sender, nonce, sent, logins = content["sender"], content["nonce"], float(content["sent"]), content["logins"]
-    if not isinstance(sender, str) or not isinstance(nonce, str) or not 1 <= len(logins) <= MOST_LOGINS:
+    if not isinstance(sender, str) or not isinstance(nonce, str) or len(logins) > MOST_LOGINS:
         raise MessageError("malformed")
     if not abs(now - sent) <= FRESH:
-        raise MessageError(f"sent {abs(now - sent):.0f} s {'ago' if now > sent else 'ahead'}: stale, or a clock is wrong")
+        raise MessageError(
+            f"sent {abs(now - sent):.0f} s {'ago' if now > sent else 'ahead'}: stale, or a clock is wrong"
+        )
     found = {}
     for address, at in logins.items():
         if not sent - OLDEST_LOGIN <= at <= sent + FRESH:

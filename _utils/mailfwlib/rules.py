@@ -62,7 +62,8 @@ def context(settings: Settings) -> dict[str, Any]:
 
 def refill(rate: dict[str, Any], burst: int) -> int:
     """Return the seconds in which an empty bucket of ``burst`` fills again at ``rate``, a minute at least."""
-    return max(60, math.ceil(burst * parse.RATE_UNITS[rate["unit"]] / rate["count"]))
+    seconds: int = parse.RATE_UNITS[rate["unit"]]
+    return max(60, math.ceil(burst * seconds / rate["count"]))
 
 
 def _masked(field: str, prefix: int) -> str:

@@ -307,10 +307,11 @@ def login_ports(settings: Settings) -> list[int]:
 def ports(settings: Settings, names: list[Any]) -> list[int]:
     """Return the ports of services given by name or number; raises ValueError for one that this host lacks."""
     known = {service["name"]: service["port"] for service in settings["services"] if service["login"]}
+    numbers = {str(port): port for port in known.values()}
     found = []
-    for name in names:
-        port = known.get(str(name), int(name) if str(name).isdigit() else None)
-        if port not in known.values():
+    for name in map(str, names):
+        port = known.get(name) or numbers.get(name)
+        if port is None:
             accepted = ", ".join(f"{service} ({number})" for service, number in known.items())
             raise ValueError(f"service {name!r}: expected one of this host's: {accepted}")
         found.append(port)

@@ -51,3 +51,12 @@ mailfw agent is running:
     - watch:
       - file: mailfw agent is installed
       - file: mailfw agent can be started
+
+mailfw agent catches up with the fleet:
+  schedule.present:
+    - function: mailfw.catch_up
+    - minutes: 10
+    - splay: 60
+    - return_job: False
+    - require:
+      - service: mailfw agent is running

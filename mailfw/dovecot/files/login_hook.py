@@ -5,7 +5,6 @@ since a user waits for it, and it never fails, since the session starts whatever
 """
 
 import os
-
 from _socket import AF_UNIX, SOCK_SEQPACKET, socket
 
 SOCKET = b"/run/mailfw/login.sock"

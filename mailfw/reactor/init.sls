@@ -1,0 +1,28 @@
+# For the master: the reactor, the runner, and the configuration for them. Run it on the master's own minion with
+# `salt-call state.apply mailfw.reactor`: the master is restarted when its configuration changes.
+include:
+  - mailfw.sync
+
+mailfw master settings are valid:
+  mailfw.settings_valid:
+    - require:
+      - saltutil: mailfw extension modules are synced
+
+mailfw master knows the fleet:
+  mailfw.reactor_configured:
+    - require:
+      - mailfw: mailfw master settings are valid
+
+mailfw runner is synced:
+  salt.runner:
+    - name: saltutil.sync_all
+    - require:
+      - mailfw: mailfw master settings are valid
+
+mailfw master is restarted:
+  cmd.run:
+    - name: systemctl restart --no-block salt-master
+    - onchanges:
+      - mailfw: mailfw master knows the fleet
+    - require:
+      - salt: mailfw runner is synced
