@@ -258,7 +258,7 @@ def _elements(name):
 
 
 def _tell_agent(verb, *arguments):
-    """Tell the agent what the kernel has been told already. Without it nothing is lost: it reads the sets at its start."""
+    """Tell the agent what the kernel has been told already. If it is not there, it reads the sets when it starts."""
     try:
         client.ask(verb, *arguments)
     except client.AgentError as err:

@@ -80,7 +80,7 @@ def settings_saved(name, login_users=("dovecot",)):
         mailfw settings are saved:
           mailfw.settings_saved: []
     """
-    return _replaced(name, "settings", __salt__["mailfw.save_settings"], login_users=login_users)
+    return _replaced(name, "settings file", __salt__["mailfw.save_settings"], login_users=login_users)
 
 
 def reactor_configured(name):
@@ -107,6 +107,6 @@ def _replaced(name, what, replace, **arguments):
     except CommandExecutionError as err:
         return _result(name, False, str(err))
     if not changed:
-        return _result(name, comment=f"The {what} on this host: as it should be.")
+        return _result(name, comment=f"The {what} is as it should be.")
     verb = "would be" if testing else "was"
-    return _result(name, None if testing else True, f"The {what} on this host {verb} replaced.", {what: "replaced"})
+    return _result(name, None if testing else True, f"The {what} {verb} replaced.", {what: "replaced"})

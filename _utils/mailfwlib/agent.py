@@ -50,7 +50,7 @@ QUIET = 60.0
 log = logging.getLogger("mailfw-agent")
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """A request that is not granted; the message goes to the caller."""
 
 
@@ -107,7 +107,7 @@ class Agent:
             self._complain("settings", f"{self._path}: {err}; going on with the settings from before")
 
     def handle(self, request: bytes, uid: int) -> str:
-        """Carry out one request of a user; return the reply's text. Raises Refused."""
+        """Carry out one request of a user; return the reply's text. Raises RefusedError."""
         self.refresh_settings()
         verb, *arguments = request.decode("utf-8", "replace").split("\0")
         root = uid == 0
@@ -125,13 +125,13 @@ class Agent:
         if verb == "status" and root and not arguments:
             return json.dumps(self.status())
         self._complain(f"request {uid}", f"uid {uid} asked for {verb!r:.40}, which is not for it or not known")
-        raise Refused(f"{verb!r:.40}: not allowed, or not known")
+        raise RefusedError(f"{verb!r:.40}: not allowed, or not known")
 
-    def _login(self, address_text: str, user: str) -> str:
+    def _login(self, address_text: str, _user: str) -> str:
         try:
             address = parse.address(address_text)
         except ValueError as err:
-            raise Refused(f"{address_text!r:.60}: {err}") from err
+            raise RefusedError(f"{address_text!r:.60}: {err}") from err
         reason = elements.never_trusted(address, self.settings) or _own_address(address)
         ports = [] if reason else elements.ports_for_login(address, self.settings)
         if not ports:
@@ -148,14 +148,14 @@ class Agent:
         return f"{address} is trusted"
 
     def _trust(self, address: Address, ports: list[int], until: float) -> None:
-        """Put a login's trust into the kernel's sets. Raises Refused."""
+        """Put a login's trust into the kernel's sets. Raises RefusedError."""
         key, now = elements.trusted_key(address, self.settings), time.time()
         seconds = {port: max(1, int(max(until, self._given.get((key, port), 0.0)) - now)) for port in ports}
         try:
             self._nft.run(elements.trust(address, seconds, self.settings))
         except nft.NftError as err:
             self._complain("nft", f"{address} cannot be trusted: {err}")
-            raise Refused(f"{address} cannot be trusted: {err}") from err
+            raise RefusedError(f"{address} cannot be trusted: {err}") from err
         self._remember(key, until)
 
     def _remember(self, key: Address, until: float) -> None:
@@ -192,18 +192,16 @@ class Agent:
         """Trust an address that logged in on another host; return whether that was news. The later login counts."""
         until = at + self.settings["trusted"]["period"]
         known = self._earned.get(elements.trusted_key(address, self.settings), 0.0)
-        if (
-            until <= max(known, time.time() + 1)
-            or elements.never_trusted(address, self.settings)
-            or _own_address(address)
-        ):
+        if until <= max(known, time.time() + 1):
+            return False
+        if elements.never_trusted(address, self.settings) or _own_address(address):
             return False
         ports = elements.ports_for_login(address, self.settings)
         if not ports:
             return False
         try:
             self._trust(address, ports, until)
-        except Refused:
+        except RefusedError:
             return False
         return True
 
@@ -303,9 +301,9 @@ class Server:
     def _reply(self, request: bytes, uid: int) -> bytes:
         try:
             if len(request) > client.LONGEST:
-                raise Refused("too long")
+                raise RefusedError("too long")
             return b"ok\0" + self._handle(request, uid).encode()
-        except Refused as err:
+        except RefusedError as err:
             return b"error\0" + str(err).encode("utf-8", "replace")
         except Exception:
             # One request must not end the service of all the others.

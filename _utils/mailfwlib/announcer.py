@@ -124,12 +124,12 @@ class Announcer:
 
     def _fire(self, command: list[str], event: dict[str, Any]) -> None:
         """Hand an event to the helper; start it first if it is not running."""
-        if self._helper is None or self._helper.poll() is not None:
+        helper = self._helper
+        if helper is None or helper.poll() is not None:
             self._end_helper()
-            self._helper = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
-        assert self._helper.stdin
+            helper = self._helper = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
         try:
-            print(json.dumps(event), file=self._helper.stdin, flush=True)
+            print(json.dumps(event), file=helper.stdin, flush=True)
         except OSError as err:
             log.warning("the helper that fires Salt events is gone (%s); the logins are announced again", err)
 

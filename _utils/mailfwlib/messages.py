@@ -67,7 +67,7 @@ def verify(text: Any, keys: list[str], now: float | None = None) -> Message:
     if not isinstance(text, str) or len(text) > LONGEST or not text.isascii():
         raise MessageError("malformed")
     signature, _, signed = text.partition(" ")
-    if not any([hmac.compare_digest(_signature(signed, key), signature) for key in keys]):
+    if not any(hmac.compare_digest(_signature(signed, key), signature) for key in keys):
         raise MessageError("not signed under a key of this fleet")
     try:
         return _content(json.loads(signed), time.time() if now is None else now)

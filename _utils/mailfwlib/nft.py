@@ -40,7 +40,11 @@ def elements(name: str) -> list[dict[str, Any]]:
     """
     listing = json.loads(command("-j", "list", "set", *TABLE.split(), name))
     found = next(entry["set"] for entry in listing["nftables"] if "set" in entry)
-    return [entry["elem"] if "elem" in entry else {"val": entry} for entry in found.get("elem", [])]
+    return [entry["elem"] if _is_timed(entry) else {"val": entry} for entry in found.get("elem", [])]
+
+
+def _is_timed(entry: Any) -> bool:
+    return isinstance(entry, dict) and "elem" in entry
 
 
 def _run(command_line: list[str], script: str | None) -> str:

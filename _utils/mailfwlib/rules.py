@@ -63,7 +63,8 @@ def context(settings: Settings) -> dict[str, Any]:
 def refill(rate: dict[str, Any], burst: int) -> int:
     """Return the seconds in which an empty bucket of ``burst`` fills again at ``rate``, a minute at least."""
     seconds: int = parse.RATE_UNITS[rate["unit"]]
-    return max(60, math.ceil(burst * seconds / rate["count"]))
+    count: int = rate["count"]
+    return max(60, math.ceil(burst * seconds / count))
 
 
 def _masked(field: str, prefix: int) -> str:

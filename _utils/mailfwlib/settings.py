@@ -102,7 +102,7 @@ def _each(parse_item: Callable[[Any], Any], noun: str) -> Callable[[Any], list[A
             except ValueError as err:
                 problems.append((f"[{place}]", element, str(err)))
         if problems:
-            raise _Nested(problems)
+            raise _NestedError(problems)
         return items
 
     return parse_list
@@ -139,11 +139,11 @@ def _service_modes(value: Any) -> dict[str, str]:
         except ValueError as err:
             problems.append((f":{name}", mode, str(err)))
     if problems:
-        raise _Nested(problems)
+        raise _NestedError(problems)
     return modes
 
 
-class _Nested(ValueError):
+class _NestedError(ValueError):
     """Problems inside a value: (the rest of the path, the value, the sentence) for each."""
 
     def __init__(self, problems: list[tuple[str, Any, str]]):
@@ -166,7 +166,7 @@ def _counted_networks(value: Any) -> Any:
     problems: list[tuple[str, Any, str]] = []
     parsed = _walk(value, _NETWORK_COUNTING, "", problems)
     if problems:
-        raise _Nested(problems)
+        raise _NestedError(problems)
     return parsed
 
 
@@ -241,7 +241,7 @@ def _walk(pillar: Any, schema: dict[str, Any], path: str, problems: list[tuple[s
         value = pillar.get(key, entry.default)
         try:
             parsed[key] = entry.parse(value)
-        except _Nested as err:
+        except _NestedError as err:
             problems.extend((here + rest, inner, sentence) for rest, inner, sentence in err.problems)
         except ValueError as err:
             problems.append((here, value, str(err)))
