@@ -551,7 +551,7 @@ def receive(signed):
     """
     Hand signed messages of other mail hosts to this host's agent, which checks them. Called by the master's runner.
 
-    Returns how many addresses that was news for.
+    Returns what came of it.
 
     signed
         A list of messages, as the senders' agents signed them.
@@ -565,8 +565,9 @@ def receive(signed):
     if not isinstance(signed, list) or not all(isinstance(message, str) for message in signed):
         raise SaltInvocationError("signed: expected a list of signed messages")
     if not os.path.exists(client.SOCKET):
-        return {"trusted": 0, "comment": "no mailfw-agent on this host"}
-    return {"trusted": sum(int(_ask_agent("receive", message)) for message in signed)}
+        return "there is no mailfw-agent on this host"
+    news = sum(int(_ask_agent("receive", message)) for message in signed)
+    return f"{news} addresses are newly trusted"
 
 
 def agent_status():
@@ -609,7 +610,7 @@ def catch_up():
     answer = __salt__["publish.runner"]("mailfw.trusts", [request])
     if not isinstance(answer, list):
         raise CommandExecutionError(f"the master gave no list of logins, but: {answer!r:.200}")
-    return receive(answer) if answer else "no logins to catch up with"
+    return receive(answer)
 
 
 def configure_master(test=False):
@@ -647,7 +648,7 @@ def configure_master(test=False):
     configuration = {
         "reactor": [*(kept.get("reactor") or []), {"mailfw/login": [f"{TREE}/reactor/login.sls"]}],
         "peer_run": peers,
-        "mailfw": fleet,
+        "mailfw": {"keys": fleet["keys"]},
     }
     text = (
         "# Managed by Salt (mailfw). A list here replaces the one in the main file: that is why its own are repeated.\n"

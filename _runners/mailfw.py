@@ -1,9 +1,10 @@
 """
 The fleet of mail hosts, seen from the master: takes the logins that mail hosts announce and publishes them to all.
 
-The master's configuration (``mailfw:`` in ``master.d/mailfw.conf``, written by the state ``mailfw.reactor``) is the
-only authority: ``keys``, the fleet's secrets, and ``target``, a compound target of the mail hosts. Messages that are
-not signed under one of the keys are dropped here already.
+The fleet's keys are in the master's configuration (``mailfw:keys`` in ``master.d/mailfw.conf``, written by the state
+``mailfw.reactor``). What is not signed under one of them is dropped here already, and a minion is a mail host of the
+fleet when it has signed something lately: targeting by pillar finds nothing on a 3008 master once minions have a
+``pillarenv``, and targeting by grains believes whatever a minion says.
 """
 
 import contextlib
@@ -29,22 +30,24 @@ MOST_IN_A_JOB = 20
 MOST_WAITING = 5000
 #: Addresses whose last login is remembered for hosts that have missed it.
 MOST_LOGINS = 200_000
+#: Seconds without a word after which a minion is no mail host any more; each has something to ask every ten minutes.
+LONGEST_SILENCE = 7 * 86400
 
 
 def __virtual__():
     return __virtualname__
 
 
-def _configuration():
-    found = __opts__.get("mailfw") or {}
-    if not found.get("keys") or not found.get("target"):
+def _keys():
+    keys = (__opts__.get("mailfw") or {}).get("keys")
+    if not keys:
         raise SaltInvocationError("mailfw: this master has no fleet keys; apply the state mailfw.reactor to it")
-    return found
+    return keys
 
 
 @contextlib.contextmanager
 def _database():
-    """The messages that wait for a job, and the last login from each address."""
+    """The messages that wait for a job, the last login from each address, and when each mail host last signed."""
     path = os.path.join(__opts__["cachedir"], "mailfw.sqlite")
     with salt.utils.files.set_umask(0o077):
         database = sqlite3.connect(path, timeout=10)
@@ -52,6 +55,7 @@ def _database():
         with database:
             database.execute("CREATE TABLE IF NOT EXISTS waiting (message TEXT NOT NULL)")
             database.execute("CREATE TABLE IF NOT EXISTS logins (address TEXT PRIMARY KEY, at REAL NOT NULL)")
+            database.execute("CREATE TABLE IF NOT EXISTS hosts (id TEXT PRIMARY KEY, seen REAL NOT NULL)")
             yield database
     finally:
         database.close()
@@ -73,13 +77,13 @@ def announce(message):
 
         salt-run mailfw.announce '<signature> {...}'
     """
-    configuration = _configuration()
     try:
-        verified = messages.verify(message, configuration["keys"])
+        verified = messages.verify(message, _keys())
     except messages.MessageError as err:
         log.warning("mailfw: a message was dropped: %s", err)
         return f"dropped: {err}"
     with _database() as database:
+        _note_host(database, verified.sender)
         (waiting,) = database.execute("SELECT count(*) FROM waiting").fetchone()
         if waiting >= MOST_WAITING:
             log.warning("mailfw: a message of %s was dropped: %s wait already", verified.sender, waiting)
@@ -89,10 +93,14 @@ def announce(message):
             "INSERT INTO logins VALUES (?, ?) ON CONFLICT (address) DO UPDATE SET at = max(at, excluded.at)",
             [(str(address), at) for address, at in verified.logins.items()],
         )
-    return _publish_waiting(configuration["target"])
+    return _publish_waiting()
 
 
-def _publish_waiting(target):
+def _note_host(database, sender):
+    database.execute("INSERT OR REPLACE INTO hosts VALUES (?, ?)", (sender, time.time()))
+
+
+def _publish_waiting():
     """Publish what waits, unless another call is doing so already: that one will find this message, too."""
     jobs = 0
     with open(os.path.join(__opts__["cachedir"], "mailfw.lock"), "a", encoding="ascii") as lock:
@@ -102,7 +110,7 @@ def _publish_waiting(target):
             except BlockingIOError:
                 return "published by another call"
             while some := _take():
-                _publish(target, some)
+                _publish(some)
                 jobs += 1
                 time.sleep(WINDOW)
             fcntl.flock(lock, fcntl.LOCK_UN)
@@ -120,13 +128,12 @@ def _take(peek=False):
     return [message for _, message in found]
 
 
-def _publish(target, some):
-    with contextlib.closing(_local_client()) as client:
-        client.run_job(target, "mailfw.receive", arg=[some], tgt_type="compound", ret="", timeout=5)
-
-
-def _local_client():
-    return salt.client.get_local_client(mopts=__opts__)
+def _publish(some):
+    with _database() as database:
+        found = database.execute("SELECT id FROM hosts WHERE seen > ?", (time.time() - LONGEST_SILENCE,)).fetchall()
+    hosts = [host for (host,) in found]
+    with salt.client.get_local_client(mopts=__opts__) as client:
+        client.run_job(hosts, "mailfw.receive", arg=[some], tgt_type="list", ret="", timeout=5)
 
 
 def trusts(request):
@@ -144,13 +151,14 @@ def trusts(request):
 
         salt mx1 mailfw.catch_up
     """
-    keys = _configuration()["keys"]
+    keys = _keys()
     try:
-        messages.verify(request, keys)
+        sender = messages.verify(request, keys).sender
     except messages.MessageError as err:
         log.warning("mailfw: a request for the fleet's logins was refused: %s", err)
         return []
     with _database() as database:
+        _note_host(database, sender)
         database.execute("DELETE FROM logins WHERE at < ?", (time.time() - messages.OLDEST_LOGIN,))
         found = database.execute("SELECT address, at FROM logins ORDER BY at DESC LIMIT ?", (MOST_LOGINS,)).fetchall()
     return [

@@ -83,6 +83,27 @@ def settings_saved(name, login_users=("dovecot",)):
     return _replaced(name, "settings file", __salt__["mailfw.save_settings"], login_users=login_users)
 
 
+def caught_up(name):
+    """
+    Have the agent learn the logins that it has missed from the master. Without a master nothing is lost: the minion's
+    scheduler tries again every ten minutes.
+
+    name
+        A sentence for people.
+
+    .. code-block:: yaml
+
+        mailfw agent is known to the fleet:
+          mailfw.caught_up: []
+    """
+    if __opts__["test"]:
+        return _result(name, None, "The agent would ask the master for the logins that it has missed.")
+    try:
+        return _result(name, comment=__salt__["mailfw.catch_up"]())
+    except CommandExecutionError as err:
+        return {**_result(name, comment="The agent goes on without the fleet's logins."), "warnings": [str(err)]}
+
+
 def reactor_configured(name):
     """
     Configure the master on this host: the reactor for logins, what mail hosts may ask of it, and the fleet's keys. The
@@ -97,6 +118,27 @@ def reactor_configured(name):
           mailfw.reactor_configured: []
     """
     return _replaced(name, "master configuration", __salt__["mailfw.configure_master"])
+
+
+def runner_synced(name):
+    """
+    Bring mailfw's runner, and the package that it imports, to the master on this host.
+
+    name
+        A sentence for people.
+
+    .. code-block:: yaml
+
+        mailfw runner is synced:
+          mailfw.runner_synced: []
+    """
+    if __opts__["test"]:
+        return _result(name, None, "The master's extension modules would be synced, if any has changed.")
+    synced = __salt__["saltutil.runner"]("saltutil.sync_all")
+    if not isinstance(synced, dict):
+        return _result(name, False, f"The master's extension modules could not be synced: {synced!r:.200}")
+    changes = {kind: modules for kind, modules in synced.items() if modules}
+    return _result(name, comment="The master's extension modules are synced.", changes=changes)
 
 
 def _replaced(name, what, replace, **arguments):

@@ -2,12 +2,10 @@
 {%- if opts.test and "mailfw.apply" not in salt %}
 
 mailfw is new to this minion:
-  test.configurable_test_state:
-    - changes: True
-    - result: True
-    - comment: >-
-        mailfw's modules are not on this minion yet, and test=True must not bring them. A run without test=True
-        syncs them first. To see what it would change, run saltutil.sync_all and then this again.
+  test.show_notification:
+    - text: >-
+        What would change is not known yet: mailfw's modules are not on this minion, and test=True must not bring them.
+        A run without test=True brings them first; so does saltutil.sync_all, after which test=True shows the changes.
 {%- else %}
 {%- from "mailfw/map.jinja" import roles with context %}
 

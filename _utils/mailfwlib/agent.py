@@ -150,7 +150,7 @@ class Agent:
     def _trust(self, address: Address, ports: list[int], until: float) -> None:
         """Put a login's trust into the kernel's sets. Raises RefusedError."""
         key, now = elements.trusted_key(address, self.settings), time.time()
-        seconds = {port: max(1, int(max(until, self._given.get((key, port), 0.0)) - now)) for port in ports}
+        seconds = {port: max(1, round(max(until, self._given.get((key, port), 0.0)) - now)) for port in ports}
         try:
             self._nft.run(elements.trust(address, seconds, self.settings))
         except nft.NftError as err:

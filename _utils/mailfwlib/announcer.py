@@ -84,14 +84,21 @@ class Announcer:
             self._dropped += 1
 
     def _run(self) -> None:
+        if self._settings()["fleet"]["keys"]:
+            # Salt takes a second to load: not in the way of the first login.
+            self._attempt(self._running_helper)
         while self._work_to_do():
-            try:
-                self._send_waiting()
-            except Exception:
-                # Logins are trusted on this host whether or not the fleet hears of them.
-                log.exception("logins could not be announced")
+            self._attempt(self._send_waiting)
             if not self._stopping:
                 time.sleep(WINDOW)
+
+    @staticmethod
+    def _attempt(step: Callable[[], Any]) -> None:
+        """Log what goes wrong: logins are trusted on this host whether or not the fleet hears of them."""
+        try:
+            step()
+        except Exception:
+            log.exception("logins could not be announced")
 
     def _work_to_do(self) -> bool:
         """Wait until logins have to be announced, and return True; or False when it is time to end."""
@@ -120,18 +127,22 @@ class Announcer:
                 self._sent[nonce] = (logins, time.monotonic() + self._wait)
         if keys:
             text = messages.sign(settings["host"]["id"], nonce, logins, keys[0])
-            self._fire(settings["host"]["salt_helper"], {"tag": TAG, "data": {"message": text}})
+            self._fire({"tag": TAG, "data": {"message": text}})
 
-    def _fire(self, command: list[str], event: dict[str, Any]) -> None:
-        """Hand an event to the helper; start it first if it is not running."""
-        helper = self._helper
-        if helper is None or helper.poll() is not None:
-            self._end_helper()
-            helper = self._helper = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+    def _fire(self, event: dict[str, Any]) -> None:
+        helper = self._running_helper()
         try:
             print(json.dumps(event), file=helper.stdin, flush=True)
         except OSError as err:
             log.warning("the helper that fires Salt events is gone (%s); the logins are announced again", err)
+
+    def _running_helper(self) -> subprocess.Popen[str]:
+        """Return the helper; start it first if it is not running."""
+        if self._helper is None or self._helper.poll() is not None:
+            self._end_helper()
+            command = self._settings()["host"]["salt_helper"]
+            self._helper = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+        return self._helper
 
     def _end_helper(self) -> None:
         if self._helper is None:

@@ -70,6 +70,8 @@ def ports_for_login(address: Address, settings: Settings) -> list[int]:
 
 def _refresh(name: str, timeouts: dict[str, int | None]) -> str:
     """Return the script that gives elements a new timeout; None stands for the set's default."""
+    if not timeouts:
+        return ""
     plain = ", ".join(timeouts)
     timed = ", ".join(value + (f" timeout {timeout}s" if timeout else "") for value, timeout in timeouts.items())
     where = f"element {nft.TABLE} {name}"
@@ -78,6 +80,8 @@ def _refresh(name: str, timeouts: dict[str, int | None]) -> str:
 
 def _remove(name: str, values: list[str]) -> str:
     """Deleting what is not there fails; adding it first makes that a success without a change."""
+    if not values:
+        return ""
     plain = ", ".join(values)
     return f"add element {nft.TABLE} {name} {{ {plain} }}\ndelete element {nft.TABLE} {name} {{ {plain} }}\n"
 

@@ -71,16 +71,20 @@ def verify(text: Any, keys: list[str], now: float | None = None) -> Message:
         raise MessageError("not signed under a key of this fleet")
     try:
         return _content(json.loads(signed), time.time() if now is None else now)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, RecursionError) as err:
+    except MessageError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as err:
         raise MessageError("malformed") from err
 
 
 def _content(content: Any, now: float) -> Message:
     """Check what a signed message says: a host of the fleet may be wrong, too."""
     if content["version"] != VERSION:
-        raise MessageError(f"version {content['version']!r}: this host speaks {VERSION}")
+        raise MessageError(f"version {content['version']!r:.20}: this host speaks {VERSION}")
     sender, nonce, sent, logins = content["sender"], content["nonce"], float(content["sent"]), content["logins"]
-    if not isinstance(sender, str) or not isinstance(nonce, str) or len(logins) > MOST_LOGINS:
+    if not isinstance(sender, str) or not 1 <= len(sender) <= 255 or not isinstance(nonce, str):
+        raise MessageError("malformed")
+    if len(logins) > MOST_LOGINS:
         raise MessageError("malformed")
     if not abs(now - sent) <= FRESH:
         raise MessageError(

@@ -57,7 +57,7 @@ def duration_text(seconds: float) -> str:
 
 def rate(value: Any) -> dict[str, Any]:
     """Return ``{"count": 10, "unit": "minute"}`` for ``10/minute``."""
-    match = re.fullmatch(r"\s*(\d{1,6})\s*/\s*([a-z]+)\s*", value) if isinstance(value, str) else None
+    match = re.fullmatch(r"\s*([0-9]{1,6})\s*/\s*([a-z]+)\s*", value) if isinstance(value, str) else None
     if not match or not 1 <= int(match[1]) <= 100000:
         raise ValueError(f"expected {RATE_FORM}")
     if match[2] not in RATE_UNITS:
@@ -87,17 +87,22 @@ def address(value: Any) -> Address:
 
 
 def network(value: Any) -> Network:
-    """Return a network such as ``198.51.100.0/24``; an address alone is a network of one."""
+    """Return a network such as ``198.51.100.0/24``; an address alone is a network of one.
+
+    IPv4-mapped IPv6 becomes the IPv4 network it carries, as for addresses, or it would never match one.
+    """
     form = "expected a network such as 198.51.100.0/24 or 2001:db8::/48"
     if not isinstance(value, str) or "%" in value:
         raise ValueError(form)
     try:
-        return ipaddress.ip_network(value.strip())
+        parsed = ipaddress.ip_network(value.strip())
     except ValueError as err:
         if "host bits" in str(err):
             whole = ipaddress.ip_network(value.strip(), strict=False)
             raise ValueError(f"has host bits set: write {whole} for the network") from err
         raise ValueError(form) from err
+    mapped = getattr(parsed.network_address, "ipv4_mapped", None)
+    return ipaddress.IPv4Network((mapped, parsed.prefixlen - 96)) if mapped and parsed.prefixlen >= 96 else parsed
 
 
 def network_of_family(value: Any, version: int) -> Network:

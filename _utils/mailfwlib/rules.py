@@ -61,10 +61,13 @@ def context(settings: Settings) -> dict[str, Any]:
 
 
 def refill(rate: dict[str, Any], burst: int) -> int:
-    """Return the seconds in which an empty bucket of ``burst`` fills again at ``rate``, a minute at least."""
+    """Return the seconds in which an empty bucket of ``burst`` fills again at ``rate``, from a minute to 366 days.
+
+    nft takes no timeout of more than eight digits.
+    """
     seconds: int = parse.RATE_UNITS[rate["unit"]]
     count: int = rate["count"]
-    return max(60, math.ceil(burst * seconds / count))
+    return min(max(60, math.ceil(burst * seconds / count)), parse.LONGEST)
 
 
 def _masked(field: str, prefix: int) -> str:

@@ -83,12 +83,6 @@ def _boolean(value: Any) -> bool:
     return value
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip() or not value.isprintable():
-        raise ValueError("expected a line of text")
-    return value
-
-
 def _each(parse_item: Callable[[Any], Any], noun: str) -> Callable[[Any], list[Any]]:
     """Return a parser for a list, which reports every bad element by its place."""
 
@@ -210,16 +204,22 @@ SCHEMA: dict[str, Any] = {
     },
     "fleet": {
         "keys": Option(_each(_key, "secrets"), [], "shared secrets of the mail hosts, newest first"),
-        "target": Option(_text, "I@mailfw:fleet:*", "compound target of the mail hosts, for the master"),
     },
 }
 
 
-def _shown(path: str, value: Any) -> str:
-    if path.startswith("mailfw:fleet:keys"):
-        return "(not shown)"
+#: The value of an unknown key: it may be a secret in the wrong place.
+_UNKNOWN = object()
+
+
+def _line(path: str, value: Any, sentence: str) -> str:
+    """Return what an operator reads of a problem, without what may be a secret."""
+    if value is _UNKNOWN:
+        return f"{path}: {sentence}"
+    if path == "mailfw" or (path.startswith("mailfw:fleet") and path != "mailfw:fleet:target"):
+        return f"{path}: (not shown): {sentence}"
     text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return f"{path}: {text if len(text) <= 80 else text[:77] + '...'}: {sentence}"
 
 
 def _walk(pillar: Any, schema: dict[str, Any], path: str, problems: list[tuple[str, Any, str]]) -> Settings:
@@ -231,7 +231,7 @@ def _walk(pillar: Any, schema: dict[str, Any], path: str, problems: list[tuple[s
         if key not in schema:
             close = difflib.get_close_matches(str(key), schema, n=1)
             hint = f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(schema)}"
-            problems.append((f"{path}:{key}", pillar[key], f"unknown key{hint}"))
+            problems.append((f"{path}:{key}", _UNKNOWN, f"unknown key{hint}"))
     parsed: Settings = {}
     for key, entry in schema.items():
         here = f"{path}:{key}"
@@ -291,7 +291,7 @@ def resolve(pillar: Any) -> Settings:
     problems: list[tuple[str, Any, str]] = []
     settings = _walk({} if pillar is None else pillar, SCHEMA, "mailfw", problems)
     if problems:
-        raise SettingsError([f"{path}: {_shown(path, value)}: {sentence}" for path, value, sentence in problems])
+        raise SettingsError([_line(*problem) for problem in problems])
     conflicts = _conflicts(settings)
     if conflicts:
         raise SettingsError(conflicts)
@@ -315,4 +315,4 @@ def ports(settings: Settings, names: list[Any]) -> list[int]:
             accepted = ", ".join(f"{service} ({number})" for service, number in known.items())
             raise ValueError(f"service {name!r}: expected one of this host's: {accepted}")
         found.append(port)
-    return found
+    return list(dict.fromkeys(found))

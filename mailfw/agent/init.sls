@@ -52,6 +52,7 @@ mailfw agent is running:
       - file: mailfw agent is installed
       - file: mailfw agent can be started
 
+# What it has missed while it was off, and what a new host has never heard. Also makes the host known to the master.
 mailfw agent catches up with the fleet:
   schedule.present:
     - function: mailfw.catch_up
@@ -59,4 +60,12 @@ mailfw agent catches up with the fleet:
     - splay: 60
     - return_job: False
     - require:
+      - service: mailfw agent is running
+
+mailfw agent is known to the fleet:
+  mailfw.caught_up:
+    - require:
+      - service: mailfw agent is running
+    - onchanges:
+      - mailfw: mailfw settings are saved
       - service: mailfw agent is running

@@ -14,8 +14,7 @@ mailfw master knows the fleet:
       - mailfw: mailfw master settings are valid
 
 mailfw runner is synced:
-  salt.runner:
-    - name: saltutil.sync_all
+  mailfw.runner_synced:
     - require:
       - mailfw: mailfw master settings are valid
 
@@ -25,4 +24,4 @@ mailfw master is restarted:
     - onchanges:
       - mailfw: mailfw master knows the fleet
     - require:
-      - salt: mailfw runner is synced
+      - mailfw: mailfw runner is synced

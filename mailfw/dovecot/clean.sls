@@ -1,0 +1,19 @@
+{%- from "mailfw/map.jinja" import os with context %}
+
+mailfw login hook is not run by Dovecot:
+  file.absent:
+    - name: {{ os.dovecot_conf_directory }}/99-mailfw.conf
+
+mailfw login hook is not known to Dovecot:
+  cmd.run:
+    - name: systemctl try-reload-or-restart dovecot
+    - onchanges:
+      - file: mailfw login hook is not run by Dovecot
+
+mailfw login hook is removed:
+  file.absent:
+    - names:
+      - /usr/lib/mailfw/login-hook
+      - /usr/lib/mailfw/login_hook.py
+    - require:
+      - cmd: mailfw login hook is not known to Dovecot

@@ -1,0 +1,3 @@
+# The role leaves nothing of its own on a host: its rules go with mailfw.ruleset.clean.
+include:
+  - mailfw.ruleset.clean
