@@ -1,0 +1,1 @@
+"""The parts of the `lab` command: mail hosts, a Salt master and clients on one machine."""

@@ -1,0 +1,2 @@
+# Nothing: every host of the lab has pillar of its environment only.
+base: {}

@@ -1,0 +1,3 @@
+mailfw:
+  protection:
+    type: autoban

@@ -1,0 +1,7 @@
+prod:
+  'mx*':
+    - mailfw
+    - fleet
+  master:
+    - master
+    - fleet

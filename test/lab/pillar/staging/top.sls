@@ -1,0 +1,4 @@
+staging:
+  'mx*':
+    - mailfw
+    - fleet

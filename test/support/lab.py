@@ -1,0 +1,103 @@
+"""The lab from the point of view of a test or the demo: commands on hosts, clients in their namespaces, Salt."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LAB = REPOSITORY / "test/lab/lab"
+MAILCLIENT = REPOSITORY / "test/support/mailclient.py"
+
+ADDRESSES = {"mx1": ("192.0.2.11", "2001:db8:0:1::11"), "mx2": ("192.0.2.12", "2001:db8:0:1::12")}
+SERVICES = {
+    "smtp": 25,
+    "submission": 587,
+    "submissions": 465,
+    "imap": 143,
+    "imaps": 993,
+    "pop3": 110,
+    "pop3s": 995,
+    "sieve": 4190,
+}
+
+
+class LabError(RuntimeError):
+    """A command in the lab failed."""
+
+
+def lab(*arguments: str, check: bool = True, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([str(LAB), *arguments], input=text, capture_output=True, text=True, timeout=300, check=False)
+    if check and done.returncode:
+        raise LabError(f"lab {' '.join(arguments)}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def run(host: str, *command: str, check: bool = True, text: str | None = None) -> str:
+    """Run a command on a host; return what it printed."""
+    return lab("exec", host, "--", *command, check=check, text=text).stdout
+
+
+def client(name: str, do: str, **arguments: Any) -> Any:
+    """Have a client do something (a function of mailclient.py) and return what came of it."""
+    request = json.dumps({"do": do, **arguments})
+    answer = json.loads(run(name, sys.executable, str(MAILCLIENT), request))
+    if "error" in answer:
+        raise LabError(f"{name}: {do}: {answer['error']}")
+    return answer["result"]
+
+
+class Session:
+    """An IMAP session that a client holds from here until :meth:`answers` asks whether it still works."""
+
+    def __init__(self, name: str, address: str):
+        request = json.dumps({"do": "hold_session", "address": address})
+        command = [str(LAB), "exec", name, "--", sys.executable, str(MAILCLIENT), request]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout
+        if self._process.stdout.readline() != "ready\n":
+            raise LabError(f"{name}: no IMAP session with {address}")
+
+    def answers(self) -> bool:
+        output, _ = self._process.communicate("\n", timeout=30)
+        return json.loads(output) == {"result": True}
+
+
+def salt(target: str, function: str, *arguments: str, timeout: int = 120) -> dict[str, Any]:
+    """Run a function on minions from the master; return minion -> what it returned."""
+    command = ["salt", "--out=json", "--static", f"--timeout={timeout}", "-L", target, function, *arguments]
+    done = lab("exec", "master", "--", *command, check=False)
+    try:
+        return json.loads(done.stdout[done.stdout.index("{") :])
+    except ValueError as err:
+        raise LabError(f"{' '.join(command)}: no JSON came\n{done.stdout}\n{done.stderr}") from err
+
+
+def states(host: str, *arguments: str) -> dict[str, dict[str, Any]]:
+    """Apply states to a host from the master; return the results by state ID. Raises LabError when one failed."""
+    function = arguments or ("state.highstate",)
+    answer = salt(host, *function)[host]
+    if not isinstance(answer, dict):
+        raise LabError(f"{host}: {answer}")
+    failed = {one["__id__"]: one["comment"] for one in answer.values() if one["result"] is False}
+    if failed:
+        raise LabError(f"{host}: {json.dumps(failed, indent=1)}")
+    return {f"{one['__id__']} {one['name']}": one for one in answer.values()}
+
+
+def changed(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the state IDs that changed something."""
+    return sorted(name for name, one in results.items() if one["changes"])
+
+
+def set_pillar(environment: str, **mailfw: Any) -> None:
+    """Write an environment's mailfw pillar, as an operator would edit it. The fleet's key is in a file of its own."""
+    run("master", "tee", f"/srv/pillar/{environment}/mailfw.sls", text=json.dumps({"mailfw": mailfw}, indent=1))
+
+
+def trusted(host: str) -> dict[str, dict[str, str]]:
+    """Return the addresses that a host trusts, as its execution module lists them."""
+    return salt(host, "mailfw.list_trusted")[host]

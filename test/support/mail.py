@@ -1,0 +1,46 @@
+"""Servers on the mail ports that speak first, as SMTP and IMAP do, and then answer every line."""
+
+from __future__ import annotations
+
+import asyncio
+
+from mailfwlib.settings import SERVICES
+
+from support.net import LIMIT, Host
+
+
+class MailServer:
+    """A server on each mail port of the host."""
+
+    def __init__(self, host: Host):
+        #: The connections that the server has open, by the client's address and port.
+        self.sessions: set[str] = set()
+        self._loop = asyncio.new_event_loop()
+        self._stopping = asyncio.Event()
+        ready = host.call(asyncio.Event)
+        self._running = host.start(self._loop.run_until_complete, self._serve(ready))
+
+    async def _serve(self, ready: asyncio.Event) -> None:
+        for service in SERVICES.values():
+            await asyncio.start_server(self._speak, ["0.0.0.0", "::"], service.port, backlog=1000)
+        ready.set()
+        await self._stopping.wait()
+
+    async def _speak(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        name = "{}:{}".format(*writer.get_extra_info("peername")[:2])
+        self.sessions.add(name)
+        try:
+            writer.write(b"220 mail host\r\n")
+            while await reader.readline():
+                writer.write(b"250 OK\r\n")
+        except OSError:
+            pass
+        finally:
+            self.sessions.discard(name)
+            writer.close()
+
+    def close(self) -> None:
+        """Stop the servers."""
+        self._loop.call_soon_threadsafe(self._stopping.set)
+        self._running.result(LIMIT)
+        self._loop.close()
