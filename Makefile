@@ -2,7 +2,7 @@
 # make test   runs every test, from a bare Debian machine, as root
 # Single suites: make lint unit functional integration system
 SHELL := /bin/bash
-export MAILFW_CACHE ?= /var/cache/mailfw-test
+export MAILFW_CACHE ?= /var/cache/mailfw
 VENV := $(MAILFW_CACHE)/venv-$(shell sha256sum pyproject.toml | cut -c1-12)
 PYTEST := TMPDIR=/tmp $(VENV)/bin/pytest
 

@@ -98,9 +98,9 @@ class Agent:
             found = self._path.stat()
             stamp = (found.st_mtime_ns, found.st_ino)
             if stamp != self._stamp:
-                self.settings = json.loads(self._path.read_text(encoding="utf-8"))
-                self._stamp = stamp
-                log.info("settings read: mode %s", self.settings["protection"]["type"])
+                fresh = json.loads(self._path.read_text(encoding="utf-8"))
+                log.info("settings read: mode %s", fresh["protection"]["type"])
+                self.settings, self._stamp = fresh, stamp
         except (OSError, ValueError, KeyError, TypeError) as err:
             if not self.settings:
                 raise

@@ -102,7 +102,7 @@ def network(value: Any) -> Network:
             raise ValueError(f"has host bits set: write {whole} for the network") from err
         raise ValueError(form) from err
     mapped = getattr(parsed.network_address, "ipv4_mapped", None)
-    return ipaddress.IPv4Network((mapped, parsed.prefixlen - 96)) if mapped and parsed.prefixlen >= 96 else parsed
+    return ipaddress.IPv4Network((mapped, parsed.prefixlen - 96)) if mapped else parsed
 
 
 def network_of_family(value: Any, version: int) -> Network:

@@ -216,7 +216,7 @@ def _line(path: str, value: Any, sentence: str) -> str:
     """Return what an operator reads of a problem, without what may be a secret."""
     if value is _UNKNOWN:
         return f"{path}: {sentence}"
-    if path == "mailfw" or (path.startswith("mailfw:fleet") and path != "mailfw:fleet:target"):
+    if path == "mailfw" or path.startswith("mailfw:fleet"):
         return f"{path}: (not shown): {sentence}"
     text = repr(value)
     return f"{path}: {text if len(text) <= 80 else text[:77] + '...'}: {sentence}"

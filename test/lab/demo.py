@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from support.lab import ADDRESSES, SERVICES, Session, changed, client, run, salt, set_pillar, states
+from support.lab import ADDRESSES, SERVICES, Session, changed, client, configure_master, run, salt, set_pillar, states
 
 #: Who trusts what in the demo's pillars: home's networks, where a mode has any.
 HOME = {"networks_ipv4": ["198.51.100.0/24"], "networks_ipv6": ["2001:db8:0:2::/64"]}
@@ -57,22 +57,13 @@ def reachable(name: str, host: str) -> dict[int, list[str]]:
 
 def install() -> None:
     title("1. The master learns of the fleet, and a highstate from it guards two mail hosts")
-    states("master", "state.apply", "mailfw.reactor")
-    wait_for_minions()
+    configure_master()
     for host in ("mx1", "mx2"):
         preview = salt(host, "state.highstate", "test=True")[host]
         show(f"{host}, test=True before the first run: {next(iter(preview.values()))['comment']}")
         results = states(host)
         print(f"  {host}: {len(results)} states, {len(changed(results))} changed")
         observe(f"{host}: changes of a second highstate", changed(states(host)), [])
-
-
-def wait_for_minions() -> None:
-    """The master restarts itself once its configuration has changed."""
-    end = time.monotonic() + 60
-    while len([one for one in salt("mx1,mx2,master", "test.ping", timeout=5).values() if one is True]) < 3:
-        if time.monotonic() > end:
-            raise SystemExit("the minions do not answer the restarted master")
 
 
 def modes() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +79,34 @@ def salt(target: str, function: str, *arguments: str, timeout: int = 120) -> dic
 
 
 def states(host: str, *arguments: str) -> dict[str, dict[str, Any]]:
-    """Apply states to a host from the master; return the results by state ID. Raises LabError when one failed."""
-    function = arguments or ("state.highstate",)
-    answer = salt(host, *function)[host]
+    """Apply states to a host from the master, by default the highstate; return the results by state ID and name."""
+    return _results(host, salt(host, *(arguments or ("state.highstate",)))[host])
+
+
+def configure_master() -> dict[str, dict[str, Any]]:
+    """Apply mailfw.reactor to the master, on the master itself, since it restarts when its configuration changes."""
+    command = ["salt-call", "--out=json", "state.apply", "mailfw.reactor"]
+    output = lab("exec", "master", "--", *command, check=False).stdout
+    results = _results("master", json.loads(output[output.index("{") :])["local"])
+    wait_until(lambda: len(answering()) == 3, "the minions answer the master")
+    return results
+
+
+def answering() -> list[str]:
+    """Return the minions that answer."""
+    return [host for host, answer in salt("mx1,mx2,master", "test.ping", timeout=5).items() if answer is True]
+
+
+def wait_until(true: Callable[[], Any], what: str, limit: float = 60) -> None:
+    end = time.monotonic() + limit
+    while not true():
+        if time.monotonic() > end:
+            raise LabError(f"not within {limit} s: {what}")
+        time.sleep(0.2)
+
+
+def _results(host: str, answer: Any) -> dict[str, dict[str, Any]]:
+    """Raise LabError when a state has failed."""
     if not isinstance(answer, dict):
         raise LabError(f"{host}: {answer}")
     failed = {one["__id__"]: one["comment"] for one in answer.values() if one["result"] is False}

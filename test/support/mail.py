@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 from mailfwlib.settings import SERVICES
 
@@ -15,15 +16,15 @@ class MailServer:
     def __init__(self, host: Host):
         #: The connections that the server has open, by the client's address and port.
         self.sessions: set[str] = set()
-        self._loop = asyncio.new_event_loop()
-        self._stopping = asyncio.Event()
-        ready = host.call(asyncio.Event)
-        self._running = host.start(self._loop.run_until_complete, self._serve(ready))
+        self._ready = threading.Event()
+        self._running = host.start(asyncio.run, self._serve())
+        assert self._ready.wait(LIMIT), self._running
 
-    async def _serve(self, ready: asyncio.Event) -> None:
+    async def _serve(self) -> None:
+        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
         for service in SERVICES.values():
             await asyncio.start_server(self._speak, ["0.0.0.0", "::"], service.port, backlog=1000)
-        ready.set()
+        self._ready.set()
         await self._stopping.wait()
 
     async def _speak(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -43,4 +44,3 @@ class MailServer:
         """Stop the servers."""
         self._loop.call_soon_threadsafe(self._stopping.set)
         self._running.result(LIMIT)
-        self._loop.close()

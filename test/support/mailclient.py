@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import base64
 import imaplib
 import json
+import poplib
 import smtplib
 import socket
 import ssl
@@ -83,6 +85,38 @@ def login(address: str, source: str | None = None, user: str = "alice") -> dict[
     answered = time.time()
     client.logout()
     return {"seconds": answered - start, "at": answered}
+
+
+def login_then_connect(address: str, protocol: str, source: str | None = None) -> str:
+    """Log in over imap, pop3 or sieve, and connect to submission once the OK was read: open, refused or silent."""
+    if protocol == "imap":
+        session: Any = imap_login(address, source)
+    elif protocol == "pop3":
+        session = poplib.POP3(address, timeout=10)
+        session.user("alice")
+        session.pass_(PASSWORD)
+    else:
+        session = sieve_login(address, source)
+    outcome = probe_one(address, 587, source, 1.0)
+    session.close()
+    return outcome
+
+
+def sieve_login(address: str, source: str | None) -> socket.socket:
+    """Log in over ManageSieve (RFC 5804), which Python's library does not speak."""
+    session = socket.create_connection((address, 4190), 10, (source, 0) if source else None)
+    answers = session.makefile("rb")
+
+    def read_ok() -> None:
+        line = next((line for line in answers if line.startswith((b"OK", b"NO", b"BYE"))), b"")
+        if not line.startswith(b"OK"):
+            raise ConnectionError(f"sieve: {line!r}")
+
+    read_ok()
+    secret = base64.b64encode(f"\0alice\0{PASSWORD}".encode()).decode()
+    session.send(f'AUTHENTICATE "PLAIN" "{secret}"\r\n'.encode())
+    read_ok()
+    return session
 
 
 def login_opens(address: str, watch: list[list[Any]], source: str | None = None, limit: float = 10) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -20,9 +21,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CLONE_FS, CLONE_NEWNS, CLONE_NEWNET = 0x200, 0x20000, 0x40000000  # <linux/sched.h>
 FAMILIES = ("ipv4", "ipv6")
 #: A probe without an answer for this many seconds has found a closed port that says nothing.
-PATIENCE = 0.7
+PATIENCE = 0.5
 #: No call into a namespace takes longer than this many seconds.
-LIMIT = 60
+LIMIT = 30
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -100,8 +101,10 @@ class Host(Namespace):
         """Make a mount namespace; return its file descriptor, with which it ends."""
         for name in ("settings", "etc/mailfw", "lib/mailfw"):
             (directory / name).mkdir(parents=True)
-        for name in ("_utils/mailfwlib", "mailfw/agent/files/mailfw-agent", "mailfw/dovecot/files/login_hook.py"):
-            (directory / "lib/mailfw" / Path(name).name).symlink_to(REPOSITORY / name)
+        (directory / "lib/mailfw/mailfwlib").symlink_to(REPOSITORY / "_utils/mailfwlib")
+        for name in ("agent/files/mailfw-agent", "dovecot/files/login_hook.py"):
+            copied = shutil.copy(REPOSITORY / "mailfw" / name, directory / "lib/mailfw")
+            os.chmod(copied, 0o755)
         _system_call("unshare", CLONE_NEWNS)
         mounts = (
             "mount --make-rprivate /",
@@ -132,10 +135,14 @@ class Session:
         self._connection = connection
         self.name: str = "{}:{}".format(*connection.getsockname()[:2])
 
+    def say(self) -> None:
+        """Send a line."""
+        self._connection.sendall(b"noop\r\n")
+
     def talks(self) -> bool:
         """Send a line; return whether the server answers it."""
         try:
-            self._connection.sendall(b"noop\r\n")
+            self.say()
             return bool(self._connection.recv(1000))
         except OSError:
             return False
@@ -146,7 +153,7 @@ class Session:
 
 
 class Client(Namespace):
-    """A client with addresses of both families. The first two IPv6 addresses are in one /64, the third is not."""
+    """A client with addresses of both families. The first two IPv6 addresses are in one /64, the third in another one of the same /48."""
 
     def __init__(self, name: str, ipv4: list[str], ipv6: list[str]):
         super().__init__(name)
@@ -158,11 +165,15 @@ class Client(Namespace):
 
     def connect(self, port: int, source: str, patience: float = PATIENCE) -> str:
         """Connect from one of the addresses; return ``open`` (the server spoke), ``refused`` or ``silent``."""
-        return self.call(_probe, port, source, patience)
+        return self.connecting(port, source, patience).result(LIMIT)
+
+    def connecting(self, port: int, source: str, patience: float = PATIENCE) -> Future[str]:
+        """Start what :meth:`connect` does."""
+        return self.start(_probe, port, source, patience)
 
     def connect_many(self, ports: list[int], source: str) -> dict[int, str]:
         """Connect to some ports at once; return what :meth:`connect` does for each."""
-        probes = {port: self.start(_probe, port, source, PATIENCE) for port in ports}
+        probes = {port: self.connecting(port, source) for port in ports}
         return {port: probe.result(LIMIT) for port, probe in probes.items()}
 
     def open(self, port: int, source: str) -> Session:
@@ -211,12 +222,12 @@ class Net:
         self.alice = Client(
             names[2],
             ["198.51.100.10", "198.51.100.11", "198.51.100.12"],
-            ["2001:db8:a::10", "2001:db8:a::11", "2001:db8:b::10"],
+            ["2001:db8:a::10", "2001:db8:a::11", "2001:db8:a:1::10"],
         )
         self.mallory = Client(
             names[3],
             ["203.0.113.10", "203.0.113.11", "203.0.113.12"],
-            ["2001:db8:c::10", "2001:db8:c::11", "2001:db8:d::10"],
+            ["2001:db8:c::10", "2001:db8:c::11", "2001:db8:c:1::10"],
         )
         self._plug(self.host, Host.ipv4, Host.ipv6)
         for client in (self.alice, self.mallory):

@@ -29,11 +29,10 @@ ENVIRONMENT = {
     "HOME": "/root",
     "LANG": "C.UTF-8",
 }
-# Hosts may set net.* sysctls, and see cgroups as a Debian host does, also where the machine's are of both versions.
+# Hosts may set net.* sysctls, and see cgroups as Debian does, also where the machine's are of both versions.
 NSPAWN_ENVIRONMENT = {"SYSTEMD_NSPAWN_API_VFS_WRITABLE": "network", "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}
-# The overlay, and what nspawn keeps in /run, are mounted in a mount namespace of nspawn's own: they end with the
-# host, and the machine never sees them. Each exec keeps the process id, so nspawn has that of the process the lab
-# started.
+# The overlay, and what nspawn keeps in /run, are mounted in a mount namespace of nspawn's own: they end with
+# the host, and the machine never sees them. Each exec keeps the process id: nspawn has the child's.
 BOOT = """
 set -eu
 cgroup=$1 overlay=$2 directory=$3
@@ -96,7 +95,8 @@ def switch_units(host: Host, units: Path) -> None:
 
 def hosts_file() -> str:
     lines = ["127.0.0.1 localhost", "::1 localhost ip6-localhost ip6-loopback"]
-    lines += [f"{address.ip} {host.name}.{DOMAIN} {host.name}" for host in HOSTS for address in host.addresses]
+    for host in HOSTS:
+        lines += [f"{address.ip} {host.name}.{DOMAIN} {host.name}" for address in host.addresses]
     return "\n".join(lines) + "\n"
 
 
@@ -155,7 +155,7 @@ def wait_booted(host: Host) -> str:
 
     def booted() -> bool:
         if not alive(host):
-            raise LabError(f"{host.name} ended while booting; its console:\n{tail(directory(host) / 'console.log')}")
+            raise LabError(f"{host.name} ended while booting")
         return system_state(host) in ("running", "degraded")
 
     try:
@@ -165,11 +165,18 @@ def wait_booted(host: Host) -> str:
     return system_state(host)
 
 
+DIAGNOSTICS = (
+    "systemctl list-jobs",
+    "systemctl --failed --plain",
+    "journalctl -n 25 --no-pager -p notice",
+)
+
+
 def diagnosis(host: Host) -> str:
     """What a person would look at first when a host does not come up."""
     parts = [f"  console of {host.name}:", tail(directory(host) / "console.log", 12)]
     if init_pid(host):
-        for command in ("systemctl list-jobs", "systemctl --failed --plain", "journalctl -n 25 --no-pager -p notice"):
+        for command in DIAGNOSTICS:
             parts.append(f"  {host.name}: {command}")
             parts.append(indent(output(host, ["sh", "-c", f"{command} 2>&1"])))
     return "\n".join(parts)
@@ -222,16 +229,17 @@ def enter(host: Host, command: Sequence[str]) -> list[str]:
         raise LabError(f"{host.name} is not up; `lab up` boots it")
     settings = {**ENVIRONMENT, "TERM": os.environ.get("TERM", "dumb")}
     namespaces = ["-m", "-u", "-i", "-n", "-p", "-C", "--root", "--wd"]
-    return ["nsenter", "-t", str(pid), *namespaces, "env", "-i", *(f"{k}={v}" for k, v in settings.items()), *command]
+    variables = [f"{name}={value}" for name, value in settings.items()]
+    return ["nsenter", "-t", str(pid), *namespaces, "env", "-i", *variables, *command]
 
 
 def output(host: Host, command: Sequence[str]) -> str:
     """What a command in a host prints, whatever its exit status; empty if the host cannot be entered."""
     with suppress(LabError, OSError, subprocess.TimeoutExpired):
-        result = subprocess.run(
-            enter(host, command), capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=20, check=False
-        )
-        return result.stdout
+        entered = enter(host, command)
+        return subprocess.run(
+            entered, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20, check=False
+        ).stdout
     return ""
 
 
@@ -286,7 +294,7 @@ def cgroup_mounts(*kinds: str) -> list[Path]:
 
 
 def cgroup_mount() -> Path:
-    """Where the version 2 hierarchy is: /sys/fs/cgroup, or `unified` below it where both versions are in use."""
+    """Where version 2 is mounted: /sys/fs/cgroup, or `unified` below it where both versions are in use."""
     found = cgroup_mounts("cgroup2")
     if not found:
         raise LabError("this machine has no cgroup2 mount, which booted hosts need")
@@ -301,7 +309,8 @@ def scope(host: Host) -> list[str]:
     """On a machine that runs systemd, control groups are its to give out."""
     if not under_systemd():
         return []
-    return ["systemd-run", "--quiet", "--scope", f"--unit={machine(host)}", "--property=Delegate=yes", "--collect"]
+    unit = f"--unit={machine(host)}"
+    return ["systemd-run", "--quiet", "--scope", "--collect", unit, "--property=Delegate=yes"]
 
 
 def cgroup(host: Host) -> Path:

@@ -1,7 +1,7 @@
 """The host images: Debian root directories with a mail server and Salt, built once for each content.
 
-The recipe is `image/`: packages, Salt's requirements, files of both releases and of each, and `configure`. Where
-packages come from is the host's own configuration of apt and pip.
+The recipe is `image/`: packages, Salt's requirements, files of both releases and of each, and `configure`.
+Where packages come from is the machine's own configuration of apt and pip.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .shell import LabError, heartbeat, run, say, tail
 from .topology import SUITES
 
 RECIPE = Path(__file__).resolve().parent.parent / "image"
-CACHE = Path(os.environ.get("MAILFW_CACHE", "/var/cache/mailfw-lab"))
+CACHE = Path(os.environ.get("MAILFW_CACHE", "/var/cache/mailfw"))
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 PIP_CONFIGS = ("/etc/xdg/pip/pip.conf", "/etc/pip.conf", "~/.pip/pip.conf", "~/.config/pip/pip.conf")
 PIP_SECTIONS = ("global", "install")
@@ -105,6 +105,7 @@ def prune() -> None:
     current = {path(suite) for suite in SUITES}
     for image in sorted((CACHE / "images").glob("*")):
         if image not in current:
+            say(f"removing {image.name}, of a former recipe")
             shutil.rmtree(image, ignore_errors=True)
 
 
@@ -114,7 +115,8 @@ def remove_leftovers() -> None:
 
 
 def bootstrap(suite: str, root: Path, log: Path) -> None:
-    packages = [line for line in (RECIPE / "packages").read_text().split("\n") if line and line[0] != "#"]
+    lines = (RECIPE / "packages").read_text().splitlines()
+    packages = [line for line in lines if line and not line.startswith("#")]
     sources = root.with_name(root.name + ".list")
     sources.write_text(sources_list(suite))
     command = ["mmdebstrap", "--variant=minbase", "--mode=root", f"--include={','.join(packages)}"]
@@ -149,7 +151,7 @@ def configure(suite: str, root: Path, log: Path) -> None:
 
 
 def copy_tree(source: Path, target: Path) -> None:
-    """Copy files into a root directory as root's own, whatever their owner and umask in the repository were."""
+    """Copy files into a root directory as root's own, whatever their owner and mode in the repository."""
     for item in sorted(source.rglob("*")):
         place = target / item.relative_to(source)
         if item.is_dir():
@@ -205,14 +207,14 @@ def mount_points(root: Path, places: Iterable[Path]) -> Iterator[None]:
 
 
 def sources_list(suite: str) -> str:
-    """Where apt finds one release, its updates and its security updates: the host's own mirrors."""
+    """Where apt finds one release, its updates and its security updates: the machine's own mirrors."""
     mirrors = debian_mirrors()
     names = {"Debian": (suite, f"{suite}-updates"), "Debian-Security": (f"{suite}-security",)}
     return "".join(f"deb {mirrors[label]} {name} main\n" for label in mirrors for name in names.get(label, ()))
 
 
 def debian_mirrors() -> dict[str, str]:
-    """The base addresses of Debian's archives in the host's apt configuration, by the archive's label."""
+    """The base addresses of Debian's archives in the machine's apt configuration, by the archive's label."""
     fields = "$(ORIGIN)|$(LABEL)|$(REPO_URI)"
     lines = run(["apt-get", "indextargets", "--format", fields, "Created-By: Packages"]).splitlines()
     found: dict[str, str] = {}
@@ -226,17 +228,17 @@ def debian_mirrors() -> dict[str, str]:
 
 
 def apt_options() -> list[str]:
-    """How the host's apt reaches its mirror: proxies, certificates, and whether old indexes are accepted."""
+    """How the machine's apt reaches its mirror: proxies, certificates, whether old indexes will do."""
     wanted = re.compile(r"Acquire::(https?::|Check-)\S* \"[^\"]+\";")
     return [line.rstrip(";") for line in run(["apt-config", "dump"]).splitlines() if wanted.match(line)]
 
 
 def pip_environment() -> dict[str, str]:
-    """The host's pip settings, of its files and its environment, as environment variables."""
+    """The machine's pip settings, of its files and its environment, as environment variables."""
     settings: dict[str, str] = {}
     parser = configparser.RawConfigParser()
     files = [os.environ["PIP_CONFIG_FILE"]] if "PIP_CONFIG_FILE" in os.environ else PIP_CONFIGS
-    parser.read(os.path.expanduser(file) for file in files)
+    parser.read(Path(file).expanduser() for file in files)
     for section in PIP_SECTIONS:
         if parser.has_section(section):
             for key, value in parser.items(section):
@@ -250,7 +252,7 @@ def pip_environment() -> dict[str, str]:
 
 
 def paths_named_in(environment: dict[str, str]) -> list[Path]:
-    """Files and directories of the host that pip's settings name; a local index refers to files beside it."""
+    """What pip's settings name on this machine; a local index refers to files beside it."""
     words = [word for name, value in environment.items() if name != "PIP_CACHE_DIR" for word in value.split()]
     named = [Path(word) for word in words if word.startswith("/")]
     named += [Path(urlsplit(word).path).parent for word in words if word.startswith("file:///")]

@@ -70,7 +70,7 @@ def attach(host: Host) -> None:
 
 
 def renew(host: Host) -> None:
-    """Give a stopped host a fresh namespace, so that, as on a real machine, no packet filter outlives a boot."""
+    """Give a stopped host a fresh namespace: as on a real machine, no packet filter outlives a boot."""
     batch(SWITCH, [f"link delete dev {host.name}"])
     run(["ip", "netns", "delete", host.namespace])
     add_namespace(host)

@@ -31,9 +31,7 @@ def say(text: str) -> None:
 def run(command: Sequence[str], text_input: str | None = None, timeout: float = 120.0) -> str:
     """Run a command and return what it printed; LabError with its error output if it fails."""
     try:
-        result = subprocess.run(
-            command, input=text_input, capture_output=True, text=True, timeout=timeout, check=False
-        )
+        result = subprocess.run(command, input=text_input, capture_output=True, text=True, timeout=timeout, check=False)
     except FileNotFoundError as err:
         raise LabError(f"{command[0]} is not installed; `lab requirements` lists the packages") from err
     except subprocess.TimeoutExpired as err:

@@ -18,7 +18,7 @@ def interfaces(*texts: str) -> tuple[Interface, ...]:
 
 @dataclass(frozen=True)
 class Node:
-    """Anything with a network namespace of its own. Its first address of each family is the default source."""
+    """Anything with a network namespace. Its first address of each family is the default source."""
 
     name: str
     addresses: tuple[Interface, ...]

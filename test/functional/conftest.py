@@ -1,0 +1,66 @@
+"""Functional tests: the product's rules and agent on a real kernel, with real packets between namespaces."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+from support.firewall import Firewall
+from support.mail import MailServer
+from support.net import FAMILIES, Client, Host, Net
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than five seconds")
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="session")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Net]:
+    if os.geteuid():
+        pytest.skip("needs root, for network namespaces")
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    made = Net(tmp_path_factory.mktemp("host"))
+    yield made
+    made.close()
+    signal.signal(signal.SIGTERM, previous)
+
+
+@pytest.fixture(scope="session")
+def mail(net: Net) -> Iterator[MailServer]:
+    server = MailServer(net.host)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def host(net: Net) -> Host:
+    return net.host
+
+
+@pytest.fixture
+def alice(net: Net, mail: MailServer) -> Client:
+    return net.alice
+
+
+@pytest.fixture
+def mallory(net: Net, mail: MailServer) -> Client:
+    return net.mallory
+
+
+@pytest.fixture
+def firewall(net: Net) -> Iterator[Firewall]:
+    """A firewall with nothing loaded yet."""
+    made = Firewall(net.host)
+    yield made
+    made.unload()
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param

@@ -1,0 +1,574 @@
+"""The agent, asked over its socket, with its effects seen in the kernel."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mailfwlib import client, messages
+from mailfwlib.client import AgentError
+from support.agent import HOST_ID, KEY, LOGIN_USER, Agent, signed
+from support.firewall import Firewall
+from support.net import Client, Host, until
+
+LOGIN_PORTS = (587, 465, 143, 993, 110, 995, 4190)
+DAY = 86400
+ADDRESS = {"ipv4": "198.51.100.10", "ipv6": "2001:db8:a::10"}
+#: How the sources appear in the sets: an IPv6 source is its /64.
+ELEMENT = {"ipv4": "198.51.100.10", "ipv6": "2001:db8:a::"}
+PILLAR: dict[str, Any] = {
+    "protection": {"type": "protected"},
+    "reaction": {"untrusted": "reject"},
+    "fleet": {"keys": [KEY]},
+    "trusted": {"never": ["198.51.100.77", "2001:db8:7::/48"]},
+}
+
+
+@pytest.fixture
+def loaded(firewall: Firewall) -> Firewall:
+    firewall.load(**PILLAR)
+    return firewall
+
+
+@pytest.fixture
+def agent(loaded: Firewall, host: Host, tmp_path: Path) -> Iterator[Agent]:
+    made = Agent(host, tmp_path, PILLAR)
+    yield made
+    made.close()
+
+
+def trusted(firewall: Firewall, family: str) -> dict[str, float]:
+    return firewall.elements(f"trusted_{family}")
+
+
+# Logins
+
+
+def test_login_is_trusted_when_the_reply_arrives(agent: Agent, loaded: Firewall, alice: Client, family: str) -> None:
+    source = ADDRESS[family]
+    assert alice.connect(587, source) == "refused"
+    assert agent.login(source)
+    assert alice.connect(587, source) == "open"
+    found = trusted(loaded, family)
+    assert set(found) == {f"{ELEMENT[family]} . {port}" for port in LOGIN_PORTS}
+    assert all(DAY - 10 < left <= DAY for left in found.values())
+
+
+def test_login_over_ipv6_trusts_the_prefix(agent: Agent, alice: Client) -> None:
+    source, neighbour, stranger = alice.ipv6
+    agent.login(source)
+    assert [alice.connect(587, one) for one in (source, neighbour, stranger)] == ["open", "open", "refused"]
+
+
+def test_login_from_a_mapped_address_trusts_the_ipv4_address(agent: Agent, loaded: Firewall, alice: Client) -> None:
+    agent.login("::ffff:198.51.100.10")
+    assert alice.connect(587, "198.51.100.10") == "open"
+    assert not trusted(loaded, "ipv6")
+
+
+def test_login_lifts_bans_and_no_block(agent: Agent, loaded: Firewall, alice: Client, family: str) -> None:
+    loaded.ban(ADDRESS[family])
+    agent.login(ADDRESS[family])
+    assert not loaded.elements(f"banned_dovecot_{family}")
+    loaded.block(ADDRESS[family])
+    agent.login(ADDRESS[family])
+    assert loaded.elements(f"blocked_{family}")
+
+
+def test_login_again_starts_the_period_anew(agent: Agent, loaded: Firewall, family: str) -> None:
+    agent.login(ADDRESS[family])
+    element = f"{ELEMENT[family]} . 587"
+    loaded.run(f"delete element inet mailfw trusted_{family} {{ {element} }}")
+    loaded.run(f"add element inet mailfw trusted_{family} {{ {element} timeout {DAY}s expires 60s }}")
+    agent.login(ADDRESS[family])
+    assert trusted(loaded, family)[element] > DAY - 10
+
+
+NEVER = ["127.0.0.1", "::1", "169.254.1.1", "fe80::1", "224.0.0.1", "ff02::1", "0.0.0.0", "::"]
+NEVER += ["198.51.100.77", "2001:db8:7::1", "::ffff:198.51.100.77", "::ffff:127.0.0.1", Host.ipv4, Host.ipv6]
+
+
+@pytest.mark.parametrize("source", NEVER)
+def test_who_is_never_trusted(agent: Agent, loaded: Firewall, source: str) -> None:
+    assert "not trusted" in agent.login(source)
+    assert not trusted(loaded, "ipv4")
+    assert not trusted(loaded, "ipv6")
+    assert agent.status()["outbox"] == 0
+
+
+def test_private_mode_trusts_only_whom_pillar_admits(
+    firewall: Firewall, host: Host, alice: Client, tmp_path: Path
+) -> None:
+    pillar = {
+        **PILLAR,
+        "protection": {"type": "private", "services": {"imaps": "autoban"}},
+        "trusted": {"networks_ipv4": ["198.51.100.0/24"]},
+    }
+    firewall.load(**pillar)
+    agent = Agent(host, tmp_path, pillar)
+    try:
+        agent.login("198.51.100.10")
+        agent.login("203.0.113.10")
+        agent.login("2001:db8:a::10")
+    finally:
+        agent.close()
+    expected = {f"198.51.100.10 . {port}" for port in LOGIN_PORTS} | {"203.0.113.10 . 993"}
+    assert set(firewall.elements("trusted_ipv4")) == expected
+    assert set(firewall.elements("trusted_ipv6")) == {"2001:db8:a:: . 993"}
+
+
+STRANGE = {
+    "nothing": b"\0",
+    "no address": b"login",
+    "no user": b"login\x00198.51.100.10",
+    "too many fields": b"login\x00198.51.100.10\0alice\0bob",
+    "empty address": b"login\0\0alice",
+    "host name": b"login\0localhost\0alice",
+    "number": b"login\x003325256714\0alice",
+    "network": b"login\x00198.51.100.0/24\0alice",
+    "scope": b"login\0fe80::1%eth0\0alice",
+    "two addresses": b"login\x00198.51.100.10, 198.51.100.11\0alice",
+    "an nft script": b"login\x00198.51.100.10 . 25 }; flush ruleset #\0alice",
+    "a script after a newline": b"login\x00198.51.100.10\nflush ruleset\0alice",
+    "not UTF-8": b"login\0\xff\xfe\xc3\0alice",
+    "not ASCII": "login\0١٩٨.51.100.10\0alice".encode(),
+    "long address": b"login\0" + b"1" * 70000 + b"\0alice",
+    "too long": b"login\x00198.51.100.10\0" + b"a" * client.LONGEST,
+    "unknown verb": b"flush\0",
+    "random bytes": bytes(range(256)) * 16,
+    "no message": b"receive\0",
+    "two messages": b"receive\0a\0b",
+    "status of something": b"status\0x",
+    "remember nonsense": b"remember\0x\0y\0z",
+    "remember no number": b"remember\x00198.51.100.10\x00587\0soon",
+    "remember no port": b"remember\x00198.51.100.10\0\x001e12",
+    "forget nonsense": b"forget\0x",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in STRANGE if name != "no message"])
+def test_strange_requests_get_an_error_and_change_nothing(agent: Agent, loaded: Firewall, name: str) -> None:
+    before = loaded.nft("list", "ruleset")
+    assert agent.send(STRANGE[name]).startswith(b"error\0")
+    assert agent.running()
+    assert loaded.nft("list", "ruleset") == before
+    assert agent.login(ADDRESS["ipv4"])
+
+
+def test_agent_survives_all_of_them_in_a_row(agent: Agent) -> None:
+    for packet in list(STRANGE.values()) * 3:
+        agent.send(packet)
+    with agent.connect() as connection:
+        connection.close()
+    assert agent.login(ADDRESS["ipv4"])
+    assert agent.running()
+
+
+def test_long_user_name_is_fine(agent: Agent, loaded: Firewall) -> None:
+    assert agent.login(ADDRESS["ipv4"], "ü" * 10000)
+    assert trusted(loaded, "ipv4")
+
+
+def test_login_without_rules_is_an_error_and_works_again_afterwards(agent: Agent, loaded: Firewall) -> None:
+    script = loaded.script(**PILLAR)
+    agent.login(ADDRESS["ipv4"])
+    loaded.unload()
+    with pytest.raises(AgentError, match=r"198\.51\.100\.10 cannot be trusted: .*No such file"):
+        agent.login(ADDRESS["ipv4"])
+    loaded.apply(script)
+    agent.login(ADDRESS["ipv4"])
+    assert trusted(loaded, "ipv4")
+
+
+# Who may ask
+
+
+def test_dovecots_user_may_report_logins(agent: Agent, loaded: Firewall) -> None:
+    assert "is trusted" in agent.ask_as(LOGIN_USER, "login", ADDRESS["ipv4"], "alice")
+    assert trusted(loaded, "ipv4")
+
+
+@pytest.mark.parametrize("user", [LOGIN_USER, "daemon"])
+@pytest.mark.parametrize(
+    "request_", [("receive", "x"), ("status",), ("forget", "192.0.2.1"), ("remember", "192.0.2.1", "587", "2e9")]
+)
+def test_only_root_may_ask_for_the_rest(agent: Agent, user: str, request_: tuple[str, ...]) -> None:
+    assert agent.ask_as(user, *request_).startswith("AgentError: ")
+    assert "not allowed" in agent.ask_as(user, *request_)
+
+
+def test_other_users_may_not_report_logins(agent: Agent, loaded: Firewall) -> None:
+    assert "not allowed" in agent.ask_as("daemon", "login", ADDRESS["ipv4"], "alice")
+    assert not trusted(loaded, "ipv4")
+
+
+def test_login_hook_reports_the_login(agent: Agent, loaded: Firewall, host: Host, family: str) -> None:
+    drop = ("setpriv", "--reuid", LOGIN_USER, "--regid", "nogroup", "--clear-groups")
+    environment = {"IP": ADDRESS[family], "USER": "alice@example.org"}
+    host.run(*drop, "/usr/bin/python3", "-IS", "/usr/lib/mailfw/login_hook.py", env=environment)
+    assert len(trusted(loaded, family)) == len(LOGIN_PORTS)
+
+
+# Messages of other hosts
+
+
+def test_signed_message_trusts(agent: Agent, loaded: Firewall, alice: Client, family: str) -> None:
+    hour_ago = time.time() - 3600
+    assert agent.ask("receive", signed({ADDRESS[family]: hour_ago})) == "1"
+    found = trusted(loaded, family)
+    assert set(found) == {f"{ELEMENT[family]} . {port}" for port in LOGIN_PORTS}
+    assert all(DAY - 3610 < left <= DAY - 3600 for left in found.values())
+    assert alice.connect(587, ADDRESS[family]) == "open"
+    assert agent.status()["outbox"] == 0
+
+
+def test_message_with_many_logins(agent: Agent, loaded: Firewall) -> None:
+    now = time.time()
+    logins = {f"203.0.113.{number}": now - number for number in range(1, 201)}
+    assert agent.ask("receive", signed(logins)) == "200"
+    assert len(trusted(loaded, "ipv4")) == 200 * len(LOGIN_PORTS)
+
+
+def test_own_period_counts_not_the_senders(agent: Agent, loaded: Firewall) -> None:
+    agent.configure({**PILLAR, "trusted": {"period": "1h"}, "roles": ["postfix"]})
+    now = time.time()
+    assert agent.ask("receive", signed({"203.0.113.1": now, "203.0.113.2": now - 7200})) == "1"
+    found = trusted(loaded, "ipv4")
+    assert set(found) == {"203.0.113.1 . 587", "203.0.113.1 . 465"}
+    assert all(3590 < left <= 3600 for left in found.values())
+
+
+def test_every_key_of_the_fleet_is_good(agent: Agent) -> None:
+    older = "f" * 32
+    agent.configure({**PILLAR, "fleet": {"keys": [KEY, older]}})
+    assert agent.ask("receive", signed({"203.0.113.1": time.time()}, key=older)) == "1"
+
+
+NOW = time.time()
+BAD: dict[str, Any] = {
+    "empty": "",
+    "garbage": "garbage",
+    "unsigned": lambda: signed({"203.0.113.1": time.time()}).partition(" ")[2],
+    "signature of nothing": lambda: "0" * 64 + " " + signed({"203.0.113.1": time.time()}).partition(" ")[2],
+    "another key": lambda: signed({"203.0.113.1": time.time()}, key="e" * 32),
+    "altered": lambda: signed({"203.0.113.1": time.time()}).replace("203.0.113.1", "203.0.113.2"),
+    "stale": lambda: signed({"203.0.113.1": time.time()}, now=time.time() - messages.FRESH - 10),
+    "ahead": lambda: signed({"203.0.113.1": time.time()}, now=time.time() + messages.FRESH + 10),
+    "login from the future": lambda: signed({"203.0.113.1": time.time() + 3600}),
+    "login of long ago": lambda: signed({"203.0.113.1": time.time() - messages.OLDEST_LOGIN - 60}),
+    "login at no number": lambda: signed({"203.0.113.1": float("nan")}),
+    "login at infinity": lambda: signed({"203.0.113.1": float("inf")}),
+    "sent at no time": lambda: signed({"203.0.113.1": time.time()}, now="yesterday"),
+    "sent at infinity": lambda: signed({"203.0.113.1": time.time()}, now=float("inf")),
+    "a sender that is no text": lambda: signed({"203.0.113.1": time.time()}, sender=["mx2"]),
+    "no nonce": lambda: signed({"203.0.113.1": time.time()}, nonce=None),
+    "too many": lambda: signed({f"10.0.{n >> 8}.{n & 255}": time.time() for n in range(messages.MOST_LOGINS + 1)}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_message_that_must_not_be_believed_is_dropped(agent: Agent, loaded: Firewall, name: str) -> None:
+    message = BAD[name]() if callable(BAD[name]) else BAD[name]
+    assert agent.ask("receive", message) == "0"
+    assert not trusted(loaded, "ipv4")
+    assert agent.status()["refused"] == 1
+    assert "a message was dropped" in agent.log()
+
+
+def test_replayed_message_counts_once(agent: Agent, loaded: Firewall) -> None:
+    message = signed({"203.0.113.1": time.time()})
+    assert agent.ask("receive", message) == "1"
+    loaded.untrust("203.0.113.1")
+    agent.ask("forget", "203.0.113.1")
+    assert agent.ask("receive", message) == "0"
+    assert not trusted(loaded, "ipv4")
+    assert agent.status()["received"] == 1
+
+
+def test_message_is_no_news_when_the_own_login_is_later(agent: Agent, loaded: Firewall) -> None:
+    agent.login("203.0.113.1")
+    assert agent.ask("receive", signed({"203.0.113.1": time.time() - 3600})) == "0"
+    assert all(left > DAY - 10 for left in trusted(loaded, "ipv4").values())
+
+
+def test_later_login_of_two_messages_counts(agent: Agent, loaded: Firewall) -> None:
+    now = time.time()
+    assert agent.ask("receive", signed({"203.0.113.1": now - 60})) == "1"
+    assert agent.ask("receive", signed({"203.0.113.1": now - 3600})) == "0"
+    assert all(left > DAY - 70 for left in trusted(loaded, "ipv4").values())
+    assert agent.ask("receive", signed({"203.0.113.1": now})) == "1"
+    assert all(left > DAY - 10 for left in trusted(loaded, "ipv4").values())
+
+
+@pytest.mark.parametrize("source", [one for one in NEVER if "ffff:" not in one])
+def test_message_cannot_make_the_never_trusted_trusted(agent: Agent, loaded: Firewall, source: str) -> None:
+    assert agent.ask("receive", signed({source: time.time()})) == "0"
+    assert not trusted(loaded, "ipv4")
+    assert not trusted(loaded, "ipv6")
+
+
+def test_without_keys_no_message_is_believed(agent: Agent, loaded: Firewall) -> None:
+    agent.configure({**PILLAR, "fleet": {"keys": []}})
+    assert agent.ask("receive", signed({"203.0.113.1": time.time()}, key="")) == "0"
+    assert not trusted(loaded, "ipv4")
+
+
+# Trust that an operator has given
+
+
+def given(agent: Agent, firewall: Firewall, family: str, days: int, ports: list[int]) -> None:
+    """Trust as the module does it: in the kernel first, then the agent is told."""
+    firewall.trust(ADDRESS[family], days * DAY, ports)
+    agent.ask("remember", ELEMENT[family], ",".join(map(str, ports)), str(time.time() + days * DAY))
+
+
+def test_operators_longer_trust_is_not_shortened(agent: Agent, loaded: Firewall, family: str) -> None:
+    given(agent, loaded, family, 30, [587])
+    agent.login(ADDRESS[family])
+    found = trusted(loaded, family)
+    assert found.pop(f"{ELEMENT[family]} . 587") > 30 * DAY - 10
+    assert len(found) == len(LOGIN_PORTS) - 1
+    assert all(DAY - 10 < left <= DAY for left in found.values())
+
+
+def test_operators_longer_trust_is_not_shortened_by_a_message(agent: Agent, loaded: Firewall, family: str) -> None:
+    given(agent, loaded, family, 30, [587, 465])
+    assert agent.ask("receive", signed({ADDRESS[family]: time.time()})) == "1"
+    found = trusted(loaded, family)
+    assert found[f"{ELEMENT[family]} . 587"] > 30 * DAY - 10
+    assert found[f"{ELEMENT[family]} . 993"] <= DAY
+
+
+def test_forgotten_trust_is_a_logins_again(agent: Agent, loaded: Firewall, family: str) -> None:
+    given(agent, loaded, family, 30, [587])
+    loaded.untrust(ADDRESS[family])
+    agent.ask("forget", ELEMENT[family])
+    agent.login(ADDRESS[family])
+    assert max(trusted(loaded, family).values()) <= DAY
+
+
+# Start and settings
+
+
+def test_agent_learns_from_the_kernel_at_start(agent: Agent, loaded: Firewall, family: str) -> None:
+    loaded.trust(ADDRESS[family], 30 * DAY, [587])
+    loaded.trust(ADDRESS[family], DAY, [993])
+    agent.restart()
+    assert agent.ask("receive", signed({ADDRESS[family]: time.time() - 60})) == "0"
+    agent.login(ADDRESS[family])
+    found = trusted(loaded, family)
+    assert found[f"{ELEMENT[family]} . 587"] > 30 * DAY - 10
+    assert agent.status()["outbox"] == 0, "a login that was trusted already is no news for the fleet"
+
+
+def test_logins_wait_while_the_agent_restarts(agent: Agent, host: Host, loaded: Firewall) -> None:
+    agent.login("203.0.113.1")
+    agent.stop()
+    waiting = host.start(client.ask, "login", "203.0.113.2", "bob")
+    time.sleep(0.2)
+    assert not waiting.done()
+    agent.start()
+    assert waiting.result(10)
+    assert "203.0.113.2 . 587" in trusted(loaded, "ipv4")
+
+
+def test_agent_starts_without_rules(loaded: Firewall, host: Host, tmp_path: Path) -> None:
+    loaded.unload()
+    agent = Agent(host, tmp_path, PILLAR)
+    try:
+        assert agent.status()["mode"] == "protected"
+    finally:
+        agent.close()
+
+
+def test_agent_stops_cleanly(agent: Agent) -> None:
+    agent.login(ADDRESS["ipv4"])
+    assert agent.stop() == 0
+
+
+def test_replaced_settings_are_followed(agent: Agent, loaded: Firewall) -> None:
+    agent.login("203.0.113.1")
+    agent.configure({**PILLAR, "trusted": {"never": ["203.0.113.2"], "period": "2h"}, "roles": ["dovecot"]})
+    assert "not trusted" in agent.login("203.0.113.2")
+    agent.login("203.0.113.3")
+    found = {element: left for element, left in trusted(loaded, "ipv4").items() if element.startswith("203.0.113.3")}
+    assert set(found) == {f"203.0.113.3 . {port}" for port in LOGIN_PORTS[2:]}
+    assert all(7190 < left <= 7200 for left in found.values())
+    agent.configure({"protection": {"type": "autoban"}})
+    assert agent.status()["mode"] == "autoban"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"text"', "{}", None])
+def test_unreadable_settings_leave_those_from_before(
+    agent: Agent, host: Host, loaded: Firewall, text: str | None
+) -> None:
+    agent.login("203.0.113.1")
+    if text is None:
+        host.settings_file.unlink()
+    else:
+        host.settings_file.write_text(text)
+    agent.login("203.0.113.2")
+    assert "203.0.113.2 . 587" in trusted(loaded, "ipv4")
+    assert agent.status()["mode"] == "protected"
+    assert "going on with the settings from before" in agent.log()
+    agent.configure({"protection": {"type": "autoban"}})
+    assert agent.status()["mode"] == "autoban"
+
+
+def test_status(agent: Agent) -> None:
+    agent.login("203.0.113.1")
+    agent.ask("receive", signed({"203.0.113.2": time.time()}))
+    agent.ask("receive", "nonsense")
+    found = agent.status()
+    assert found["mode"] == "protected"
+    assert found["ports"] == list(LOGIN_PORTS)
+    assert (found["logins"], found["received"], found["refused"]) == (1, 1, 1)
+    assert found["keys"] == [messages.fingerprint(KEY)]
+    assert KEY not in json.dumps(found) + agent.log()
+
+
+# Many clients, and slow ones
+
+
+def test_silent_client_is_dropped_and_delays_nobody(agent: Agent) -> None:
+    agent.login("203.0.113.1")
+    with agent.connect() as silent:
+        started = time.monotonic()
+        agent.login("203.0.113.2")
+        assert time.monotonic() - started < 0.25, "the login hook waits no longer"
+        assert silent.recv(100) == b""
+        assert 1 < time.monotonic() - started < 4
+
+
+def test_client_that_does_not_wait_for_its_answer_is_served(agent: Agent, loaded: Firewall) -> None:
+    for number in range(1, 21):
+        with agent.connect() as connection:
+            connection.send(f"login\x00203.0.113.{number}\0alice".encode())
+    until(lambda: len(trusted(loaded, "ipv4")) == 20 * len(LOGIN_PORTS), "all of them are trusted")
+
+
+def test_many_logins_at_once_are_all_answered(agent: Agent, loaded: Firewall) -> None:
+    """More than the agent takes at once: the kernel's queue holds the others."""
+    connections: list[socket.socket] = []
+    try:
+        for _ in range(600):
+            connections.append(agent.connect())
+        for number, connection in enumerate(connections):
+            connection.send(f"login\x0010.1.{number >> 8}.{number & 255}\0alice".encode())
+        answers = [connection.recv(1000) for connection in connections]
+    finally:
+        for connection in connections:
+            connection.close()
+    assert all(answer.startswith(b"ok\0") for answer in answers)
+    assert len(trusted(loaded, "ipv4")) == 600 * len(LOGIN_PORTS)
+    assert agent.status()["logins"] == 600
+
+
+# Telling the fleet
+
+
+def announced(agent: Agent) -> list[messages.Message]:
+    """Return the messages that the agent has announced, signatures checked."""
+    events = agent.events()
+    assert all(event["tag"] == "mailfw/login" for event in events)
+    return [messages.verify(event["data"]["message"], [KEY]) for event in events]
+
+
+def test_first_login_is_announced_at_once(agent: Agent, family: str) -> None:
+    agent.status()
+    started = time.time()
+    agent.login(ADDRESS[family])
+    (message,) = until(lambda: announced(agent), "announced", seconds=1)
+    assert time.time() - started < 0.5
+    assert message.sender == HOST_ID
+    ((source, at),) = message.logins.items()
+    assert str(source) == ELEMENT[family]
+    assert started - 0.001 <= at <= time.time()
+
+
+def test_logins_that_follow_are_announced_together(agent: Agent) -> None:
+    for number in range(1, 51):
+        agent.login(f"203.0.113.{number}")
+    until(lambda: sum(len(message.logins) for message in announced(agent)) == 50, "all are announced")
+    assert len(announced(agent)) <= 4
+
+
+def test_login_that_is_no_news_is_not_announced(agent: Agent) -> None:
+    for _ in range(10):
+        agent.login("203.0.113.1")
+    agent.login("203.0.113.2")
+    until(lambda: sum(len(message.logins) for message in announced(agent)) == 2, "both are announced")
+
+
+def test_login_of_another_host_is_not_announced(agent: Agent) -> None:
+    agent.ask("receive", signed({"203.0.113.1": time.time()}))
+    agent.login("203.0.113.1")
+    agent.login("203.0.113.2")
+    found = until(lambda: announced(agent), "announced")
+    assert [str(source) for message in found for source in message.logins] == ["203.0.113.2"]
+
+
+def test_echo_clears_the_outbox(agent: Agent) -> None:
+    agent.login("203.0.113.1")
+    (event,) = until(agent.events, "announced")
+    status = agent.status()
+    assert (status["outbox"], status["last_echo"]) == (1, None)
+    assert agent.ask("receive", event["data"]["message"]) == "0"
+    status = agent.status()
+    assert status["outbox"] == 0
+    assert abs(status["last_echo"] - time.time()) < 5
+
+
+def test_another_hosts_message_is_no_echo(agent: Agent) -> None:
+    agent.login("203.0.113.1")
+    (message,) = until(lambda: announced(agent), "announced")
+    agent.ask("receive", signed({"203.0.113.1": time.time()}, nonce=message.nonce))
+    assert agent.status()["outbox"] == 1
+
+
+@pytest.mark.slow
+def test_login_without_an_echo_is_announced_again(agent: Agent) -> None:
+    agent.login("203.0.113.1")
+    agent.login("203.0.113.2")
+    until(lambda: sum(len(message.logins) for message in announced(agent)) == 2, "both are announced")
+    first = announced(agent)
+    agent.ask("receive", agent.events()[0]["data"]["message"])
+    (again,) = until(lambda: announced(agent)[len(first) :], "announced again", seconds=10)
+    assert [str(source) for source in again.logins] == ["203.0.113.2"]
+    assert again.nonce not in {message.nonce for message in first}
+    assert again.logins.items() <= first[1].logins.items(), "the time of the login is what it was"
+    agent.ask("receive", agent.events()[-1]["data"]["message"])
+    assert agent.status()["outbox"] == 0
+
+
+def test_without_keys_the_fleet_is_not_told(agent: Agent, loaded: Firewall) -> None:
+    agent.configure({**PILLAR, "fleet": {"keys": []}})
+    agent.login("203.0.113.1")
+    until(lambda: agent.status()["outbox"] == 0, "nothing waits")
+    assert trusted(loaded, "ipv4")
+    assert not agent.events()
+
+
+def test_broken_helper_costs_no_login(agent: Agent, loaded: Firewall, host: Host) -> None:
+    settings = json.loads(host.settings_file.read_text())
+    settings["host"]["salt_helper"] = ["/nonexistent"]
+    host.settings_file.write_text(json.dumps(settings))
+    agent.login("203.0.113.1")
+    until(lambda: "could not be announced" in agent.log(), "the log says so")
+    agent.login("203.0.113.2")
+    assert len(trusted(loaded, "ipv4")) == 2 * len(LOGIN_PORTS)
+    assert agent.status()["outbox"] == 2
+
+
+def test_agents_end_is_the_helpers_end(agent: Agent) -> None:
+    for _ in range(2):
+        agent.login("203.0.113.1")
+    until(agent.events, "announced")
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    assert agent.stop() == 0
+    assert not any(Path("/proc", child).exists() for child in children)

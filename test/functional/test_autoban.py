@@ -1,0 +1,245 @@
+"""Limited ports: a source above the rate is banned from the ports of the role, and nobody else ever is."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from typing import Any
+
+import pytest
+from support import forge
+from support.firewall import Firewall
+from support.mail import MailServer
+from support.net import PATIENCE, Client, Host, Net, until
+
+ROLE_PORTS = {"postfix": [587, 465], "dovecot": [143, 993, 110, 995, 4190]}
+OTHER = {"postfix": "dovecot", "dovecot": "postfix"}
+BURST = 4
+REJECT = {"banned": "reject"}
+
+
+def load(firewall: Firewall, autoban: dict[str, Any] | None = None, **pillar: Any) -> None:
+    """Load limited ports with a bucket of four connections that fills slowly; a banned source is told so."""
+    autoban = {"rate": "1/minute", "burst": BURST, **(autoban or {})}
+    firewall.load(autoban=autoban, **{"reaction": REJECT, **pillar})
+
+
+def exceed(client: Client, source: str, port: int = 143, burst: int = BURST) -> None:
+    """Connect until the source is banned."""
+    results = [client.connect(port, source) for _ in range(burst + 1)]
+    assert results == ["open"] * burst + ["silent"]
+
+
+@pytest.mark.parametrize("role", ROLE_PORTS)
+def test_source_above_the_rate_is_banned_from_the_role(
+    firewall: Firewall, alice: Client, family: str, role: str
+) -> None:
+    load(firewall)
+    source, *_, stranger = alice.addresses(family)
+    ports = ROLE_PORTS[role]
+    spread = [ports[turn % len(ports)] for turn in range(BURST)]
+    assert [alice.connect(port, source) for port in spread] == ["open"] * BURST
+    assert not firewall.elements(f"banned_{role}_{family}")
+
+    # The server's answer to the one connection too many is swallowed, and its socket is reset.
+    assert alice.connect(ports[0], source) == "silent"
+    assert len(firewall.elements(f"banned_{role}_{family}")) == 1
+    assert firewall.counter("over_rate") == 1
+    assert alice.connect_many(ports, source) == dict.fromkeys(ports, "refused")
+
+    others = [25, *ROLE_PORTS[OTHER[role]]]
+    assert [alice.connect(port, source) for port in others[: BURST + 1]] == ["open"] * len(others[: BURST + 1])
+    assert [alice.connect(ports[0], stranger) for _ in range(BURST)] == ["open"] * BURST
+
+
+def test_banned_source_gets_no_answer_by_default(firewall: Firewall, alice: Client, family: str) -> None:
+    load(firewall, reaction={})
+    source = alice.addresses(family)[0]
+    exceed(alice, source)
+    assert alice.connect(143, source) == "silent"
+    assert firewall.counter("banned") >= 1
+
+
+def test_mail_between_servers_is_never_counted(firewall: Firewall, alice: Client, family: str) -> None:
+    load(firewall)
+    source = alice.addresses(family)[0]
+    assert [alice.connect(25, source) for _ in range(3 * BURST)] == ["open"] * 3 * BURST
+    assert firewall.counter("counted") == 0
+
+
+def test_ipv6_source_is_a_prefix(firewall: Firewall, alice: Client) -> None:
+    load(firewall)
+    source, neighbour, stranger = alice.ipv6
+    turns = [source, neighbour] * (BURST // 2)
+    assert [alice.connect(143, turn) for turn in turns] == ["open"] * BURST
+    assert alice.connect(143, neighbour) == "silent"
+    assert list(firewall.elements("banned_dovecot_ipv6")) == ["2001:db8:a::"]
+    assert alice.connect(143, source) == "refused"
+    assert alice.connect(143, stranger) == "open"
+
+
+def test_ipv6_source_can_be_one_address(firewall: Firewall, alice: Client) -> None:
+    load(firewall, {"ipv6_prefix": 128})
+    source, neighbour, _ = alice.ipv6
+    exceed(alice, source)
+    assert alice.connect(143, source) == "refused"
+    assert alice.connect(143, neighbour) == "open"
+
+
+def test_ban_ends_after_the_period(firewall: Firewall, alice: Client, family: str) -> None:
+    load(firewall, {"rate": "60/minute", "period": "2s"})
+    source = alice.addresses(family)[0]
+    until(lambda: alice.connect(143, source, 0.1) == "refused", "banned")
+    started = time.monotonic()
+    until(lambda: alice.connect(143, source) == "open", "open again")
+    assert time.monotonic() - started > 1
+
+
+def test_source_below_the_rate_is_never_banned(firewall: Firewall, alice: Client, family: str) -> None:
+    load(firewall, {"rate": "300/minute", "burst": 1})
+    source = alice.addresses(family)[0]
+    for _ in range(6):
+        assert alice.connect(143, source) == "open"
+        time.sleep(0.25)  # the client's pace: a fifth of a second earns one connection
+    exceed(alice, source, burst=1)
+
+
+def test_session_under_way_goes_on_while_its_source_is_banned(
+    firewall: Firewall, mail: MailServer, alice: Client, family: str
+) -> None:
+    load(firewall)
+    source = alice.addresses(family)[0]
+    session = alice.open(143, source)
+    exceed(alice, source, burst=BURST - 1)
+    assert session.talks()
+    assert alice.connect(143, source) == "refused"
+    assert session.talks()
+    session.close()
+
+
+def test_login_lifts_the_ban(firewall: Firewall, alice: Client, family: str) -> None:
+    load(firewall)
+    source = alice.addresses(family)[0]
+    exceed(alice, source, 143)
+    exceed(alice, source, 587)
+    firewall.trust(source)
+    assert not firewall.elements(f"banned_dovecot_{family}")
+    assert not firewall.elements(f"banned_postfix_{family}")
+    for port in (143, 587):
+        assert [alice.connect(port, source) for _ in range(3 * BURST)] == ["open"] * 3 * BURST
+
+
+@pytest.mark.parametrize("kind", ["earned", "network", "exempt"])
+def test_who_is_not_counted(firewall: Firewall, alice: Client, family: str, kind: str) -> None:
+    source, *_, stranger = alice.addresses(family)
+    lists = {f"networks_{family}": [source]}
+    load(firewall, trusted=lists if kind == "network" else {}, exempt=lists if kind == "exempt" else {})
+    if kind == "earned":
+        firewall.trust(source)
+    assert [alice.connect(143, source) for _ in range(3 * BURST)] == ["open"] * 3 * BURST
+    assert firewall.counter("counted") == 0
+    exceed(alice, stranger)
+
+
+def test_exempt_source_can_be_banned_by_an_operator(firewall: Firewall, alice: Client, family: str) -> None:
+    source = alice.addresses(family)[0]
+    load(firewall, exempt={f"networks_{family}": [source]})
+    firewall.ban(source)
+    assert alice.connect(143, source) == "refused"
+
+
+def test_exempt_opens_nothing(firewall: Firewall, alice: Client, family: str) -> None:
+    source = alice.addresses(family)[0]
+    load(
+        firewall,
+        protection={"type": "protected"},
+        exempt={f"networks_{family}": [source]},
+        reaction={"untrusted": "reject"},
+    )
+    assert alice.connect_many([587, 465], source) == {587: "refused", 465: "refused"}
+
+
+def test_protected_mode_counts_dovecot_only(firewall: Firewall, alice: Client, family: str) -> None:
+    load(firewall, protection={"type": "protected"})
+    source = alice.addresses(family)[0]
+    exceed(alice, source, 993)
+    assert alice.connect(4190, source) == "refused"
+
+
+@pytest.mark.parametrize("mode", ["private", "public"])
+def test_other_modes_count_nobody(firewall: Firewall, alice: Client, family: str, mode: str) -> None:
+    source = alice.addresses(family)[0]
+    load(firewall, protection={"type": mode})
+    firewall.trust(source)
+    assert [alice.connect(143, source) for _ in range(3 * BURST)] == ["open"] * 3 * BURST
+    assert firewall.counter("counted") == 0
+
+
+def test_source_port_used_again_is_counted_again(firewall: Firewall, alice: Client, family: str) -> None:
+    load(firewall)
+    source = alice.addresses(family)[0]
+
+    def reuse() -> bytes:
+        kind = socket.AF_INET6 if family == "ipv6" else socket.AF_INET
+        with socket.socket(kind) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
+            connection.settimeout(PATIENCE)
+            connection.bind((source, 40000))
+            connection.connect((getattr(Host, family), 143))
+            return connection.recv(100)
+
+    for _ in range(BURST):
+        assert alice.call(reuse)
+    with pytest.raises(TimeoutError):
+        alice.call(reuse)
+    assert alice.connect(143, source) == "refused"
+
+
+def test_whole_networks_can_be_counted(firewall: Firewall, alice: Client, mallory: Client, family: str) -> None:
+    load(firewall, {"networks": {"rate": "6/minute"}})
+    first, second, third = alice.addresses(family)
+    turns = [first, third, second] * 2
+    assert [alice.connect(143, turn) for turn in turns] == ["open"] * 6
+    assert alice.connect(143, third) == "silent"
+    assert alice.connect(143, first) == "refused"
+    assert mallory.connect(143, mallory.addresses(family)[0]) == "open"
+    firewall.trust(first)
+    assert alice.connect(143, first) == "open"
+
+
+@pytest.mark.parametrize("port", [143, 587])
+def test_forged_packets_count_nobody(firewall: Firewall, net: Net, alice: Client, family: str, port: int) -> None:
+    """One forged address belongs to a bystander, whose kernel resets what it did not open; the other to nobody."""
+    load(firewall)
+    bystander = alice.addresses(family)[0]
+    absent = {"ipv4": "198.51.100.99", "ipv6": "2001:db8:a:9::99"}[family]
+    kind = socket.AF_INET6 if family == "ipv6" else socket.AF_INET
+    for address in (bystander, absent):
+        assert net.mallory.call(forge.send, forge.attempts(address, port, 250), kind) == 1000
+    until(lambda: firewall.counter("opened") >= 400, "the forged packets arrive")
+    assert firewall.counter("counted") == 0
+    for role in ROLE_PORTS:
+        assert not firewall.elements(f"banned_{role}_{family}")
+        assert not firewall.elements(f"rate_{role}_{family}")
+    assert [alice.connect(port, bystander) for _ in range(BURST)] == ["open"] * BURST
+
+
+def addresses(count: int) -> str:
+    return ", ".join(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}" for number in range(count))
+
+
+def test_full_ban_set_neither_opens_nor_closes(firewall: Firewall, alice: Client) -> None:
+    load(firewall)
+    source, stranger, _ = alice.ipv4
+    firewall.run(f"add element inet mailfw banned_dovecot_ipv4 {{ {addresses(65536)} }}")
+    exceed(alice, source)
+    assert alice.connect(143, source) == "silent"
+    assert alice.connect(143, stranger) == "open"
+
+
+def test_full_meter_limits_nobody(firewall: Firewall, alice: Client) -> None:
+    load(firewall)
+    firewall.run(f"add element inet mailfw rate_dovecot_ipv4 {{ {addresses(65536)} }}")
+    assert [alice.connect(143, alice.ipv4[0]) for _ in range(3 * BURST)] == ["open"] * 3 * BURST

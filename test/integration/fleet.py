@@ -1,0 +1,326 @@
+"""The fleet that the tests work on: a master that the formula configured, mail hosts with minion, rules and agent."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attr
+import salt.client
+from mailfwlib import client, messages
+from saltfactories.daemons.master import SaltMaster
+from saltfactories.daemons.minion import SaltMinion
+from saltfactories.manager import FactoriesManager
+
+from integration.hosts import Host, ip, wait_for
+
+REPOSITORY = Path(__file__).parents[2]
+STATES = Path(__file__).parent / "states"
+NETWORK = "10.99.0"
+SOCKET = "/run/mailfw/login.sock"
+#: The user that the formula takes for Dovecot's, if this machine has none.
+LOGIN_USER = ("dovecot", 990)
+
+
+@attr.s(kw_only=True, slots=True)
+class HostMaster(SaltMaster):
+    """A master that runs in a host."""
+
+    host = attr.ib(repr=False)
+
+    def cmdline(self, *args: str) -> list[str]:
+        """Return the command that starts it."""
+        return [*self.host.enter, *super().cmdline(*args)]
+
+
+@attr.s(kw_only=True, slots=True)
+class HostMinion(SaltMinion):
+    """A minion that runs in a host."""
+
+    host = attr.ib(repr=False)
+
+    def cmdline(self, *args: str) -> list[str]:
+        """Return the command that starts it."""
+        return [*self.host.enter, *super().cmdline(*args)]
+
+
+class Agent:
+    """A mail host's agent, which gets its socket as systemd would hand it over."""
+
+    def __init__(self, host: Host, log: Path):
+        self._host = host
+        self._log = log
+        self._socket: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the agent, its socket first if that is not there."""
+        if self._socket is None:
+            path = self._host.path(SOCKET)
+            path.parent.mkdir(exist_ok=True)
+            path.unlink(missing_ok=True)
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._socket.bind(str(path))
+            self._socket.listen(4096)
+            shutil.chown(path, group=LOGIN_USER[1])
+            path.chmod(0o660)
+        script = "exec 3<&0 </dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec /usr/lib/mailfw/mailfw-agent"
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*self._host.enter, "sh", "-c", script], stdin=self._socket, stdout=log, stderr=log
+            )
+        self.status()
+
+    def stop(self) -> None:
+        """Stop the agent; its socket goes on accepting."""
+        assert self._process
+        task = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        os.kill(int(task.read_text()), signal.SIGTERM)
+        assert self._process.wait(10) == 0, self._log.read_text()
+
+    def close(self) -> None:
+        """Close the socket and remove it."""
+        assert self._socket
+        self._socket.close()
+        self._socket = None
+        self._host.path(SOCKET).unlink()
+
+    def ask(self, verb: str, *arguments: str) -> str:
+        """Ask the agent as root; return its answer."""
+        return client.ask(verb, *arguments, path=str(self._host.path(SOCKET)))
+
+    def login(self, address: str) -> None:
+        """Report a login as the hook does, and insist on its acknowledgement."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.settimeout(10)
+            connection.connect(str(self._host.path(SOCKET)))
+            connection.send(b"login\0" + address.encode() + b"\0alice")
+            reply = connection.recv(4096)
+        assert reply.startswith(b"ok\0"), reply
+
+    def status(self) -> dict[str, Any]:
+        """Return what the agent says of itself."""
+        return json.loads(self.ask("status"))
+
+
+class Applied:
+    """What a state run said."""
+
+    def __init__(self, returned: Any):
+        assert isinstance(returned, dict), f"the states were not run: {returned}"
+        self.states = list(returned.values())
+
+    def __getitem__(self, state_id: str) -> dict[str, Any]:
+        return next(state for state in self.states if state["__id__"] == state_id)
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """The states that failed, and what they said."""
+        return {state["__id__"]: state["comment"] for state in self.states if state["result"] is False}
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The states that changed something, or would have, and what."""
+        return {state["__id__"]: state["changes"] for state in self.states if state["changes"]}
+
+
+@attr.s(kw_only=True)
+class MailHost:
+    """A mail host: a minion, and once mailfw is applied there, its agent."""
+
+    name: str = attr.ib()
+    host: Host = attr.ib()
+    minion: HostMinion = attr.ib()
+    agent: Agent = attr.ib()
+
+    def trusts(self, *addresses: str) -> bool:
+        """Return whether all of some addresses are trusted here."""
+        return set(addresses) <= self.host.trusted().keys()
+
+
+class Fleet:
+    """The master and its mail hosts."""
+
+    def __init__(self, factories: FactoriesManager, host: Host):
+        self.key = secrets.token_hex(32)
+        self.events = factories.event_listener
+        self._factories = factories
+        self.host = host
+        self._pillar = factories.root_dir / "pillar"
+        self._tree = factories.root_dir / "tree"
+        self._addresses = iter(range(2, 250))
+        self._clients = iter(range(1, 65000))
+        self.hosts: dict[str, MailHost] = {}
+        _copy_formula(self._tree)
+        self._write_pillar_top()
+        self.write_pillar("master")
+        self.master = factories.salt_master_daemon(
+            "master", factory_class=HostMaster, host=host, overrides=self._master_overrides()
+        )
+        self._write_masters_own_minion()
+
+    def _master_overrides(self) -> dict[str, Any]:
+        return {
+            "interface": "0.0.0.0",
+            "worker_threads": 3,
+            "file_roots": {"base": [str(STATES), str(self._tree)]},
+            "pillar_roots": {"base": [str(self._pillar)]},
+            "reactor": [{"own/event": ["salt://own/reactor.sls"]}],
+            "peer_run": {"mx2": ["test.arg"]},
+            "pytest-master": {"log": {"disabled": True}},
+        }
+
+    def _write_masters_own_minion(self) -> None:
+        """A minion without daemon beside the master: `salt-call --local` there manages the master."""
+        directory = Path(self.master.config_dir)
+        configuration = {
+            "id": "master",
+            "file_client": "local",
+            "root_dir": str(self._factories.root_dir / "own"),
+            "file_roots": {"base": [str(STATES), str(self._tree)]},
+            "pillar_roots": {"base": [str(self._pillar)]},
+            "enable_fqdns_grains": False,
+            "log_level_logfile": "quiet",
+        }
+        (directory / "minion").write_text(json.dumps(configuration))
+
+    def _write_pillar_top(self) -> None:
+        self._pillar.mkdir()
+        (self._pillar / "top.sls").write_text("base: {'*': ['{{ grains.id }}']}\n")
+
+    def write_pillar(self, name: str, **mailfw: Any) -> None:
+        """Write a minion's pillar: the fleet's key, and ``mailfw`` keys."""
+        pillar = {"mailfw": {"fleet": {"keys": [self.key]}, **mailfw}}
+        (self._pillar / f"{name}.sls").write_text(json.dumps(pillar))
+
+    def configure_master(self, *arguments: str) -> Applied:
+        """Apply mailfw.reactor to the master."""
+        command = [self._factories.python_executable, self._factories.get_salt_script_path("salt-call")]
+        options = ["--config-dir", str(self.master.config_dir), "--local", "--out=json", "--log-level=error"]
+        done = self.host.run(*map(str, command), *options, "state.apply", "master", *arguments, check=False)
+        assert done.stdout, done.stderr
+        return Applied(json.loads(done.stdout)["local"])
+
+    @contextlib.contextmanager
+    def mail_host(self, name: str) -> Iterator[MailHost]:
+        """A mail host whose minion runs, and where mailfw has never been."""
+        self.write_pillar(name)
+        host = Host(name)
+        try:
+            self._connect(host)
+            minion = self.master.salt_minion_daemon(
+                name, factory_class=HostMinion, host=host, overrides=_minion_overrides()
+            )
+            with minion.started():
+                minion.before_terminate(host.remove)
+                agent = Agent(host, self._factories.root_dir / f"{name}-agent.log")
+                self.hosts[name] = MailHost(name=name, host=host, minion=minion, agent=agent)
+                yield self.hosts[name]
+        finally:
+            self.hosts.pop(name, None)
+            host.remove()
+
+    def _connect(self, host: Host) -> None:
+        """Put a host on the master's network."""
+        ip("link", "add", host.name, "type", "veth", "peer", "name", "eth0", "netns", str(host.pid))
+        ip("link", "set", host.name, "master", "lan", "up")
+        host.run("ip", "address", "add", f"{NETWORK}.{next(self._addresses)}/24", "dev", "eth0")
+        host.run("ip", "link", "set", "eth0", "up")
+        if host.run("getent", "passwd", LOGIN_USER[0], check=False).returncode:
+            with host.path("/etc/passwd").open("a") as passwd:
+                passwd.write(f"{LOGIN_USER[0]}:x:{LOGIN_USER[1]}:{LOGIN_USER[1]}::/nonexistent:/bin/false\n")
+
+    def call(self, target: MailHost, function: str, *arguments: Any, **named: Any) -> Any:
+        """Call an execution module's function on a mail host through the master; return what it returned."""
+        return self.call_all([target], function, *arguments, **named)[target.name]
+
+    def call_all(self, targets: list[MailHost], function: str, *arguments: Any, **named: Any) -> dict[str, Any]:
+        """Call a function on some mail hosts with one job; return what each returned."""
+        with salt.client.get_local_client(mopts=dict(self.master.config)) as master:
+            names = [target.name for target in targets]
+            found = master.cmd(names, function, arguments, tgt_type="list", kwarg=named, timeout=60)
+        assert found.keys() == set(names), f"{function}: no answer from {set(names) - found.keys()}"
+        return found
+
+    def apply(self, target: MailHost, sls: str = "host", **named: Any) -> Applied:
+        """Apply states to a mail host through the master."""
+        return Applied(self.call(target, "state.apply", sls, **named))
+
+    @contextlib.contextmanager
+    def pillar(self, target: MailHost, **mailfw: Any) -> Iterator[None]:
+        """Have a mail host's pillar say something for a while, and then what it said before; apply the latter."""
+        self.write_pillar(target.name, **mailfw)
+        try:
+            yield
+        finally:
+            self.write_pillar(target.name)
+            self.apply(target)
+
+    def overlay(self, path: str, text: str) -> contextlib.AbstractContextManager[Path]:
+        """Have a file of the state tree be another for a while."""
+        return self.master.state_tree.base.temp_file(path, text)
+
+    def ran_since(self, moment: float) -> list[dict[str, Any]]:
+        """Return what the master has published or run since a moment: each job's ``fun`` and ``arg``.
+
+        A job of our own comes after all the others, so when its event is there, theirs are.
+        """
+        marker = secrets.token_hex(8)
+        self.call(self.hosts["mx1"], "test.echo", marker)
+        new = {("master", "salt/job/*/new"), ("master", "salt/run/*/new")}
+
+        def events() -> list[dict[str, Any]]:
+            found = [event.data for event in self.events.get_events(new, after_time=moment)]
+            return found if any(event.get("arg") == [marker] for event in found) else []
+
+        return [event for event in wait_for("the master's events", events) if event.get("arg") != [marker]]
+
+    def returned_since(self, moment: float, target: MailHost, function: str) -> list[Any]:
+        """Return what a mail host has returned of a function's jobs since a moment."""
+        found = self.events.get_events({("master", f"salt/job/*/ret/{target.name}")}, after_time=moment)
+        return [event.data["return"] for event in found if event.data["fun"] == function]
+
+    def announcements_since(self, moment: float) -> list[str]:
+        """Return the signed messages that hosts have sent to the master since a moment."""
+        found = self.events.get_events({("master", "mailfw/login")}, after_time=moment)
+        return [event.data["data"]["message"] for event in found]
+
+    def new_address(self) -> str:
+        """Return a client's address that no test has used."""
+        number = next(self._clients)
+        return f"100.64.{number // 250}.{number % 250 + 1}"
+
+    def sign(self, *addresses: str, sender: str = "mx1", key: str | None = None, now: float | None = None) -> str:
+        """Return a message that announces logins, signed under the fleet's key or another."""
+        at = time.time() if now is None else now
+        return messages.sign(sender, messages.new_nonce(), dict.fromkeys(addresses, at), key or self.key, at)
+
+
+def _minion_overrides() -> dict[str, Any]:
+    return {
+        "master": f"{NETWORK}.1",
+        "enable_fqdns_grains": False,
+        "pytest-minion": {"log": {"disabled": True}, "returner_address": {"host": f"{NETWORK}.1"}},
+    }
+
+
+def _copy_formula(to: Path) -> None:
+    """Copy what the formula consists of, so that nobody's edits change it while the tests run."""
+    for name in ("_modules", "_runners", "_states", "_utils", "mailfw"):
+        shutil.copytree(REPOSITORY / name, to / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def wait_until_trusted(address: str, *hosts: MailHost) -> None:
+    """Wait until some hosts trust an address."""
+    for host in hosts:
+        wait_for(f"{host.name} to trust {address}", lambda host=host: host.trusts(address))

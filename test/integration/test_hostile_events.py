@@ -1,0 +1,122 @@
+"""Events from a minion that somebody has taken over, but without the fleet's key: nothing comes of them.
+
+That nothing happened shows once a login that came after the event has reached the other host.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+
+from integration import hostile
+from integration.fleet import Fleet, MailHost, wait_until_trusted
+from integration.hosts import wait_for
+
+#: What the master publishes and runs for logins, and for the tests' own look at it.
+EXPECTED = {"mailfw.receive", "runner.mailfw.announce", "test.echo"}
+
+
+class Intruder:
+    """A process on a mail host that fires what it likes on the minion's event bus."""
+
+    def __init__(self, host: MailHost):
+        script = str(Path(__file__).with_name("fire.py"))
+        self._process = subprocess.Popen(
+            [*host.host.enter, sys.executable, script, str(host.minion.config_dir)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def fire(self, data: Any, tag: str = "mailfw/login", **more: Any) -> None:
+        """Fire an event at the master."""
+        load = {"tag": tag, "data": data, "events": None, "pretag": None, **more}
+        print(json.dumps(load), file=self._process.stdin, flush=True)
+        assert self._process.stdout
+        assert self._process.stdout.readline() == "fired\n"
+
+    def leave(self) -> None:
+        """End the process."""
+        self._process.communicate(timeout=10)
+
+
+@pytest.fixture(scope="module")
+def intruder(fleet: Fleet) -> Iterator[Intruder]:
+    """An intruder on mx1."""
+    process = Intruder(fleet.hosts["mx1"])
+    yield process
+    process.leave()
+
+
+@pytest.fixture
+def nothing_comes_of(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> Callable[[Callable[[], None]], None]:
+    """Do something, and check that nobody is trusted and nothing has run because of it."""
+
+    def check(act: Callable[[], None]) -> None:
+        moment = time.time()
+        before = [host.host.trusted().keys() for host in (mx1, mx2)]
+        address = fleet.new_address()
+        act()
+        mx1.agent.login(address)
+        wait_until_trusted(address, mx1, mx2)
+        assert [host.host.trusted().keys() - {address} for host in (mx1, mx2)] == before
+        assert {job["fun"] for job in fleet.ran_since(moment)} <= EXPECTED
+        assert not any(host.path(hostile.MARK).exists() for host in (mx1.host, mx2.host, fleet.host))
+
+    return check
+
+
+def test_the_intruder_can_fire(fleet: Fleet, mx1: MailHost, mx2: MailHost, intruder: Intruder) -> None:
+    """With the key it would be believed: the other tests of this file rest on that."""
+    address = fleet.new_address()
+    intruder.fire({"message": fleet.sign(address, sender="mx3")})
+    wait_until_trusted(address, mx1, mx2)
+
+
+@pytest.mark.parametrize("name", hostile.DATA)
+def test_hostile_data(fleet: Fleet, intruder: Intruder, nothing_comes_of: Any, name: str) -> None:
+    data = hostile.DATA[name](fleet.sign(fleet.new_address()))
+    nothing_comes_of(lambda: intruder.fire(data))
+
+
+@pytest.mark.parametrize(
+    ("key", "age"), [("0" * 64, 0), (None, 600), (None, -600)], ids=["another key", "stale", "from the future"]
+)
+def test_a_message_that_must_not_be_believed(
+    fleet: Fleet, intruder: Intruder, nothing_comes_of: Any, key: str | None, age: int
+) -> None:
+    message = fleet.sign(fleet.new_address(), key=key, now=time.time() - age)
+    nothing_comes_of(lambda: intruder.fire({"message": message}))
+
+
+def test_a_replay_trusts_nobody_again(
+    fleet: Fleet, mx1: MailHost, mx2: MailHost, intruder: Intruder, nothing_comes_of: Any
+) -> None:
+    address, moment = fleet.new_address(), time.time()
+    mx1.agent.login(address)
+    wait_until_trusted(address, mx2)
+    (overheard,) = wait_for("the announcement", lambda: fleet.announcements_since(moment))
+    fleet.call_all([mx1, mx2], "mailfw.untrust", address)
+    nothing_comes_of(lambda: intruder.fire({"message": overheard}))
+
+
+def test_ids_and_lists_of_events_are_no_authority(fleet: Fleet, intruder: Intruder, nothing_comes_of: Any) -> None:
+    unsigned = {"message": fleet.sign(fleet.new_address(), key="f" * 64)}
+    event = {"tag": "mailfw/login", "data": {"id": "mx2", "cmd": "_minion_event", "data": unsigned}}
+    nothing_comes_of(lambda: intruder.fire(None, events=[event], id="mx2"))
+    nothing_comes_of(lambda: intruder.fire(unsigned, id="mx2"))
+
+
+def test_a_flood_of_junk_does_not_keep_logins_away(fleet: Fleet, intruder: Intruder, nothing_comes_of: Any) -> None:
+    def flood() -> None:
+        for number in range(200):
+            intruder.fire({"message": f"{number:064x} junk"})
+
+    nothing_comes_of(flood)

@@ -1,0 +1,161 @@
+"""The operator's verbs, called through the master."""
+
+from typing import Any
+
+import pytest
+from mailfwlib import messages
+
+from integration.fleet import Fleet, MailHost, wait_until_trusted
+
+
+def both(fleet: Fleet, function: str, *arguments: Any, **named: Any) -> list[Any]:
+    """Call a function on both mail hosts with one job; return what each returned."""
+    found = fleet.call_all(list(fleet.hosts.values()), function, *arguments, **named)
+    return [found["mx1"], found["mx2"]]
+
+
+def test_settings_are_the_pillar_with_defaults_and_without_secrets(fleet: Fleet) -> None:
+    for settings in both(fleet, "mailfw.settings"):
+        assert settings["protection"] == {"type": "autoban", "services": {}}
+        assert settings["trusted"]["period"] == 86400
+        assert settings["fleet"]["keys"] == [messages.fingerprint(fleet.key)]
+        assert fleet.key not in str(settings)
+
+
+def test_apply_has_nothing_to_do_on_a_host_in_order(fleet: Fleet) -> None:
+    assert both(fleet, "mailfw.apply") == [{"diff": "", "files": []}] * 2
+
+
+def test_apply_shows_and_repairs_what_somebody_changed(fleet: Fleet, mx1: MailHost) -> None:
+    before = mx1.host.ruleset()
+    mx1.host.nft("add", "rule", "inet", "mailfw", "guarded", "ip", "saddr", "192.0.2.66", "accept")
+    assert "-\t\tip saddr 192.0.2.66 accept" in fleet.call(mx1, "mailfw.apply", test=True)["diff"]
+    assert mx1.host.ruleset() != before
+    assert "192.0.2.66" in fleet.call(mx1, "mailfw.apply")["diff"]
+    assert mx1.host.ruleset() == before
+
+
+def test_render_gives_the_files_that_are_loaded(fleet: Fleet, mx1: MailHost) -> None:
+    directory = mx1.host.path("/etc/nftables.d/mailfw")
+    assert fleet.call(mx1, "mailfw.render") == {path.name: path.read_text() for path in directory.iterdir()}
+
+
+def test_trust_and_untrust(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
+    address = fleet.new_address()
+    done = fleet.call(mx1, "mailfw.trust", address)
+    assert done == {"trusted": address, "ports": [587, 465, 143, 993, 110, 995, 4190], "period": "1d"}
+    assert mx1.trusts(address)
+    assert not mx2.trusts(address)
+    assert fleet.call(mx1, "mailfw.list_trusted")[address].keys() == set(done["ports"])
+    assert "accepted: trusted" in fleet.call(mx1, "mailfw.check", address)["services"]["imaps"]
+
+    assert fleet.call(mx1, "mailfw.untrust", address)["untrusted"] == address
+    assert not mx1.trusts(address)
+    assert address not in fleet.call(mx1, "mailfw.list_trusted")
+
+
+def test_trust_on_some_services_for_some_time(fleet: Fleet, mx1: MailHost) -> None:
+    address = fleet.new_address()
+    done = fleet.call(mx1, "mailfw.trust", address, period="90m", services="submission,993")
+    assert done == {"trusted": address, "ports": [587, 993], "period": "1h30m"}
+    left = mx1.host.trusted()[address]
+    assert left.keys() == {587, 993}
+    assert all(5390 <= seconds <= 5400 for seconds in left.values())
+
+
+def test_a_login_does_not_shorten_what_an_operator_gave(fleet: Fleet, mx1: MailHost) -> None:
+    address = fleet.new_address()
+    fleet.call(mx1, "mailfw.trust", address, period="30d")
+    mx1.agent.login(address)
+    assert all(left > 29 * 86400 for left in mx1.host.trusted()[address].values())
+
+
+def test_ban_and_unban(fleet: Fleet, mx1: MailHost) -> None:
+    address = fleet.new_address()
+    done = fleet.call(mx1, "mailfw.ban", address, role="dovecot", period="90m")
+    assert done == {"banned": address, "roles": ["dovecot"], "period": "1h30m"}
+    banned = fleet.call(mx1, "mailfw.list_banned")
+    assert address in banned["dovecot"]
+    assert address not in banned["postfix"]
+    services = fleet.call(mx1, "mailfw.check", address)["services"]
+    assert "refused: banned" in services["imap"]
+    assert "accepted" in services["submission"]
+
+    assert fleet.call(mx1, "mailfw.unban", address) == {"unbanned": address, "roles": ["dovecot"]}
+    assert address not in fleet.call(mx1, "mailfw.list_banned", role="dovecot")["dovecot"]
+
+
+def test_a_login_lifts_a_ban_on_every_host_but_never_a_block(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
+    banned, blocked = fleet.new_address(), fleet.new_address()
+    both(fleet, "mailfw.ban", banned)
+    both(fleet, "mailfw.block", blocked)
+    mx1.agent.login(banned)
+    mx1.agent.login(blocked)
+    wait_until_trusted(banned, mx2)
+    wait_until_trusted(blocked, mx2)
+    assert all(banned not in listed["dovecot"] for listed in both(fleet, "mailfw.list_banned"))
+    for found in both(fleet, "mailfw.check", blocked):
+        assert "refused: blocked by an operator" in found["services"]["imap"]
+
+
+def test_block_and_unblock(fleet: Fleet) -> None:
+    address = fleet.new_address()
+    assert both(fleet, "mailfw.block", address) == [{"blocked": address, "period": "forever"}] * 2
+    assert [listed[address] for listed in both(fleet, "mailfw.list_blocked")] == ["forever"] * 2
+    assert both(fleet, "mailfw.unblock", address) == [{"unblocked": address, "was_blocked": True}] * 2
+    assert both(fleet, "mailfw.unblock", address) == [{"unblocked": address, "was_blocked": False}] * 2
+    assert not any(address in listed for listed in both(fleet, "mailfw.list_blocked"))
+
+
+def test_a_block_of_an_ipv6_address_takes_its_prefix_and_ends(fleet: Fleet, mx1: MailHost) -> None:
+    assert fleet.call(mx1, "mailfw.block", "2001:db8:9:9::1", period="1d") == {
+        "blocked": "2001:db8:9:9::",
+        "period": "1d",
+    }
+    assert "refused" in fleet.call(mx1, "mailfw.check", "2001:db8:9:9::2")["services"]["imap"]
+    assert fleet.call(mx1, "mailfw.unblock", "2001:db8:9:9:8::")["was_blocked"] is True
+
+
+def test_login_does_what_the_hook_does(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
+    address = fleet.new_address()
+    assert fleet.call(mx1, "mailfw.login", address, user="alice") == f"{address} is trusted"
+    wait_until_trusted(address, mx1, mx2)
+
+
+def test_agent_status_says_how_the_agent_is(fleet: Fleet) -> None:
+    for status in both(fleet, "mailfw.agent_status"):
+        assert status["mode"] == "autoban"
+        assert status["keys"] == [messages.fingerprint(fleet.key)]
+        assert status["dropped"] == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (["trust", "nonsense"], "address 'nonsense': expected an IPv4 or IPv6 address"),
+        (["trust", "192.0.2.0/24"], "address '192.0.2.0/24': expected an IPv4 or IPv6 address"),
+        (["trust", "192.0.2.1", "a while"], "period 'a while': expected a duration"),
+        (["trust", "192.0.2.1", "1h", "smtp"], "service 'smtp': expected one of this host's: submission (587)"),
+        (["untrust", "192.0.2.1", "gopher"], "service 'gopher': expected one of this host's"),
+        (["ban", "192.0.2.1", "exim"], "role 'exim': expected one of postfix, dovecot"),
+        (["ban", "192.0.2.1", "dovecot", 0], "period 0: expected a duration"),
+        (["unban", 3221225985], "address 3221225985: expected an IPv4 or IPv6 address"),
+        (["block", "fe80::1%eth0"], "address 'fe80::1%eth0': expected an IPv4 or IPv6 address"),
+        (["unblock", ""], "address '': expected an IPv4 or IPv6 address"),
+        (["check", "mail.example.com"], "address 'mail.example.com': expected an IPv4 or IPv6 address"),
+        (["list_banned", "exim"], "role 'exim': expected one of postfix, dovecot"),
+        (["login", "nonsense"], "address 'nonsense': expected an IPv4 or IPv6 address"),
+        (["receive", "text"], "signed: expected a list of signed messages"),
+        (["receive", [1]], "signed: expected a list of signed messages"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_wrong_arguments_are_named_with_what_would_be_accepted(
+    fleet: Fleet, mx1: MailHost, call: list[Any], said: str
+) -> None:
+    before = mx1.host.nft("list", "ruleset").count("192.0.2.1")
+    answer = fleet.call(mx1, f"mailfw.{call[0]}", *call[1:])
+    assert isinstance(answer, str)
+    assert said in answer
+    assert "Traceback" not in answer
+    assert mx1.host.nft("list", "ruleset").count("192.0.2.1") == before

@@ -1,0 +1,103 @@
+"""The product's rules on the mail host, and what the kernel says of them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jinja2
+from mailfwlib import elements, nft, parse, rules, ruleset, settings
+
+from support.net import REPOSITORY, Host
+
+_templates = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(REPOSITORY), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+)
+
+
+def render(resolved: settings.Settings) -> str:
+    """Return the rules for some settings, as one nft script."""
+    shared = rules.context(resolved)
+    return "\n".join(
+        _templates.get_template(f"mailfw/{part['source']}").render({**shared, **part})
+        for _, parts in sorted(rules.files(resolved).items())
+        for part in parts
+    )
+
+
+class Firewall:
+    """The mail host's firewall: rules for a pillar, and the scripts of mailfwlib.elements, run in the kernel."""
+
+    def __init__(self, host: Host):
+        self._host = host
+        self.settings: settings.Settings = {}
+
+    def script(self, **pillar: Any) -> str:
+        """Return the rules for a pillar; from now on its settings are this firewall's."""
+        self.settings = settings.resolve(pillar)
+        return render(self.settings)
+
+    def load(self, **pillar: Any) -> str:
+        """Load the rules for a pillar; return the diff."""
+        return self.apply(self.script(**pillar))
+
+    def apply(self, script: str) -> str:
+        """Load some rules; return the diff."""
+        return self._host.call(ruleset.apply, script)
+
+    def unload(self) -> None:
+        """Remove every table."""
+        self.run("flush ruleset")
+
+    def run(self, script: str) -> None:
+        """Run an nft script."""
+        self._host.call(nft.run, script)
+
+    def nft(self, *arguments: str) -> str:
+        """Return what an nft command prints."""
+        return self._host.call(nft.command, *arguments)
+
+    def elements(self, name: str) -> dict[str, float]:
+        """Return a set's elements, such as ``192.0.2.1`` or ``192.0.2.1 . 587``: element -> seconds left."""
+        found = {}
+        for element in self._host.call(nft.elements, name):
+            value = element["val"]
+            text = " . ".join(map(str, value["concat"])) if isinstance(value, dict) else str(value)
+            found[text] = element.get("expires", float("inf"))
+        return found
+
+    def counter(self, name: str) -> int:
+        """Return the packets that a named counter has counted."""
+        listed = json.loads(self.nft("-j", "list", "counter", *nft.TABLE.split(), name))
+        return next(entry["counter"]["packets"] for entry in listed["nftables"] if "counter" in entry)
+
+    def trust(self, address: str, seconds: int = 3600, ports: list[int] | None = None) -> None:
+        """Trust an address as a login does."""
+        ports = settings.login_ports(self.settings) if ports is None else ports
+        self.run(elements.trust(parse.address(address), dict.fromkeys(ports, seconds), self.settings))
+
+    def untrust(self, address: str, ports: list[int] | None = None) -> None:
+        """End an address's trust."""
+        ports = settings.login_ports(self.settings) if ports is None else ports
+        self.run(elements.untrust(parse.address(address), ports, self.settings))
+
+    def ban(self, address: str, roles: tuple[str, ...] = settings.ROLES, seconds: int | None = None) -> None:
+        """Ban a source."""
+        self.run(elements.ban(parse.address(address), roles, seconds, self.settings))
+
+    def unban(self, address: str, roles: tuple[str, ...] = settings.ROLES) -> None:
+        """Lift a source's bans."""
+        self.run(elements.unban(parse.address(address), roles, self.settings))
+
+    def refill(self, address: str) -> None:
+        """Empty what the meters remember of a source."""
+        meters = [f"rate_{role}_{family}" for role in settings.ROLES for family in ("ipv4", "ipv6")]
+        self.run(elements.refill(parse.address(address), meters, self.settings))
+
+    def block(self, address: str, seconds: int | None = None) -> None:
+        """Block a source."""
+        self.run(elements.block(parse.address(address), seconds, self.settings))
+
+    def unblock(self, address: str) -> None:
+        """End a source's block."""
+        self.run(elements.unblock(parse.address(address), self.settings))

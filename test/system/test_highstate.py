@@ -1,0 +1,92 @@
+"""Highstates from the master, on hosts that have never seen mailfw and on hosts that have."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from support import lab
+from support.lab import changed
+
+from .conftest import ENVIRONMENTS, HOSTS
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_before_the_first_run_test_mode_says_what_it_cannot_know(fleet, host):
+    (one,) = fleet.preview[host].values()
+    assert "not known yet" in one["comment"]
+    assert not one["changes"]
+
+
+def test_first_highstate_brings_everything_at_once(fleet):
+    for host in HOSTS:
+        ids = " ".join(changed(fleet.first[host]))
+        assert "mailfw extension modules are synced" in ids
+        assert "mailfw ruleset is loaded" in ids
+        assert "mailfw login hook is known to Dovecot" in ids
+
+
+@pytest.mark.parametrize("arguments", [(), ("state.highstate", "test=True")], ids=["real", "test"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_second_highstate_changes_nothing(fleet, host, arguments):
+    assert changed(lab.states(host, *arguments)) == []
+
+
+def test_master_state_changes_nothing_the_second_time(fleet):
+    assert changed(lab.configure_master()) == []
+
+
+def test_masters_own_reactor_and_peers_still_work(fleet):
+    lab.run("master", "salt-call", "event.send", "lab/own")
+    lab.wait_until(
+        lambda: lab.run("master", "ls", "/run/lab-own-reacted", check=False), "the operator's own reactor reacts"
+    )
+    assert json.loads(lab.run("mx1", "salt-call", "--out=json", "publish.runner", "manage.up"))["local"]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_wrong_pillar_is_reported_as_a_whole_and_changes_nothing(fleet, host):
+    before = lab.run(host, "nft", "-s", "list", "ruleset")
+    lab.set_pillar(
+        ENVIRONMENTS[host],
+        protection={"type": "closed"},
+        autoban={"rate": "10/fortnight", "periode": "1h"},
+        trusted={"networks_ipv4": ["10.0.0.1/8", "2001:db8::/32"]},
+    )
+    try:
+        results = lab.salt(host, "state.apply", "mailfw")[host].values()
+        said = next(one["comment"] for one in results if one["__id__"] == "mailfw settings are valid")
+        for path in (
+            "mailfw:protection:type: 'closed'",
+            "mailfw:autoban:rate: '10/fortnight'",
+            "mailfw:autoban:periode",
+            "mailfw:trusted:networks_ipv4[0]",
+            "mailfw:trusted:networks_ipv4[1]",
+        ):
+            assert path in said
+        assert [one["__id__"] for one in results if one["changes"]] == []
+        assert lab.run(host, "nft", "-s", "list", "ruleset") == before
+    finally:
+        lab.set_pillar(ENVIRONMENTS[host], protection={"type": "autoban"})
+
+
+def test_a_mode_switch_shows_a_diff_that_test_mode_has_shown(mode):
+    lab.set_pillar("prod", protection={"type": "private"})
+    try:
+        preview = lab.states("mx1", "state.apply", "mailfw", "test=True")
+        before = lab.run("mx1", "nft", "-s", "list", "ruleset")
+        assert lab.run("mx1", "nft", "-s", "list", "ruleset") == before
+        name = next(name for name in preview if name.startswith("mailfw ruleset is loaded"))
+        real = mode("mx1", "private")
+        assert real[name]["changes"] == preview[name]["changes"]
+        assert "+\tchain dovecot_private {" in real[name]["changes"]["diff"]
+    finally:
+        mode("mx1", "autoban")
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_rules_are_there_after_a_reboot(fleet, host):
+    before = lab.run(host, "nft", "-s", "list", "map", "inet", "mailfw", "services")
+    lab.lab("reboot", host)
+    assert lab.run(host, "nft", "-s", "list", "map", "inet", "mailfw", "services") == before
+    assert changed(lab.states(host)) == []

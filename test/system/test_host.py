@@ -1,0 +1,56 @@
+"""What is right on a host after ``state.apply mailfw``. For any host that testinfra reaches: see kitchen.yml."""
+
+from __future__ import annotations
+
+import pytest
+
+PORTS = (25, 587, 465, 143, 993, 110, 995, 4190)
+
+
+@pytest.mark.parametrize("unit", ["mailfw-agent.socket", "mailfw-agent"])
+def test_agent_is_enabled_and_running(host, unit):
+    assert host.service(unit).is_enabled
+    assert host.service(unit).is_running
+
+
+def test_rules_are_loaded_at_boot(host):
+    assert host.service("mailfw").is_enabled
+    assert host.run("nft -c -f /usr/lib/mailfw/load.nft").rc == 0
+
+
+def test_every_mail_port_has_a_verdict(host):
+    verdicts = host.check_output("nft list map inet mailfw services")
+    assert [port for port in PORTS if f"{port} : " not in verdicts] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "mode"),
+    [
+        ("/etc/mailfw/settings.json", 0o600),
+        ("/etc/nftables.d/mailfw/base.nft", 0o644),
+        ("/usr/lib/mailfw/login-hook", 0o755),
+        ("/etc/dovecot/conf.d/99-mailfw.conf", 0o644),
+    ],
+)
+def test_files_are_root_s_with_their_mode(host, path, mode):
+    found = host.file(path)
+    assert (found.user, found.mode) == ("root", mode)
+
+
+def test_only_root_and_dovecot_reach_the_agent(host):
+    socket = host.file("/run/mailfw/login.sock")
+    assert (socket.user, socket.group, socket.mode) == ("root", "dovecot", 0o660)
+
+
+def test_dovecot_runs_the_hook(host):
+    configuration = host.check_output("doveconf -n")
+    assert "executable = imap mailfw-login" in configuration
+    assert "executable = pop3 mailfw-login" in configuration
+    assert "executable = managesieve mailfw-login" in configuration
+
+
+def test_agent_has_next_to_no_privileges(host):
+    unit = host.service("mailfw-agent").systemd_properties
+    assert unit["CapabilityBoundingSet"] == "cap_net_admin"
+    assert unit["NoNewPrivileges"] == "yes"
+    assert unit["ProtectSystem"] == "strict"
