@@ -445,7 +445,7 @@ def check(address):
     source = _address(address)
     trusted = _trusted(source).get(str(elements.trusted_key(source, host)), {})
     key = str(elements.source_key(source, host))
-    banned = {role: _banned(role, source).get(key) for role in host["roles"]}
+    banned = {role: _banned(role, source).get(key) or _network_ban(role, source, host) for role in host["roles"]}
     blocked = elements.by_address(_elements(f"blocked_{elements.family(source)}")).get(key)
     return {
         "address": str(source),
@@ -469,6 +469,14 @@ def _trusted(source):
 
 def _banned(role, source):
     return elements.by_address(_elements(f"banned_{role}_{elements.family(source)}"))
+
+
+def _network_ban(role, source, host):
+    """Return how long the network of an address is banned from a role, or None."""
+    name = f"banned_networks_{role}_{elements.family(source)}"
+    if not host["autoban"]["networks"] or ("set", name) not in _live():
+        return None
+    return elements.by_address(_elements(name)).get(str(elements.network_key(source, host)))
 
 
 def list_trusted():

@@ -44,6 +44,8 @@ PATIENCE = 2.0
 MOST_CLIENTS = 512
 #: Addresses whose last login is remembered.
 MOST_LOGINS = 200_000
+#: Deadlines that differ by less are the same: the kernel keeps and lists whole seconds.
+WHOLE_SECONDS = 2.0
 #: The same complaint is logged once in this many seconds.
 QUIET = 60.0
 
@@ -67,6 +69,8 @@ class Agent:
         self._earned: dict[Address, float] = {}
         #: When a trust ends that lasts longer than a login's, so that a login does not shorten it.
         self._given: dict[tuple[Address, int], float] = {}
+        #: When an operator ended a trust: the master still tells of the logins before that.
+        self._ended: dict[Address, float] = {}
         self.settings: Settings = {}
         self.counts = {"logins": 0, "received": 0, "refused": 0}
         self.refresh_settings()
@@ -166,6 +170,9 @@ class Agent:
 
     def _forget(self, key: Address) -> None:
         self._earned.pop(key, None)
+        self._ended[key] = time.time()
+        if len(self._ended) > MOST_LOGINS:
+            del self._ended[next(iter(self._ended))]
         for port in [port for address, port in self._given if address == key]:
             del self._given[key, port]
 
@@ -191,8 +198,9 @@ class Agent:
     def _believe(self, address: Address, at: float) -> bool:
         """Trust an address that logged in on another host; return whether that was news. The later login counts."""
         until = at + self.settings["trusted"]["period"]
-        known = self._earned.get(elements.trusted_key(address, self.settings), 0.0)
-        if until <= max(known, time.time() + 1):
+        key = elements.trusted_key(address, self.settings)
+        known = self._earned.get(key, 0.0)
+        if until <= max(known + WHOLE_SECONDS, time.time() + 1) or at <= self._ended.get(key, 0.0):
             return False
         if elements.never_trusted(address, self.settings) or _own_address(address):
             return False

@@ -7,7 +7,7 @@ gets a new timeout on every kernel: adding one that exists refreshes nothing (be
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mailfwlib import nft, parse
@@ -37,6 +37,12 @@ def source_key(address: Address, settings: Settings) -> Address:
     return prefix_base(address, settings["autoban"]["ipv6_prefix"])
 
 
+def network_key(address: Address, settings: Settings) -> Address:
+    """Return the address under which the network of ``address`` is counted and banned (``autoban.networks``)."""
+    prefix = settings["autoban"]["networks"][f"{family(address)}_prefix"]
+    return ipaddress.ip_network((address, prefix), strict=False).network_address
+
+
 def in_networks(address: Address, networks: Iterable[str]) -> bool:
     """Return whether an address lies in one of some networks."""
     return any(address in ipaddress.ip_network(network) for network in networks)
@@ -50,17 +56,31 @@ def never_trusted(address: Address, settings: Settings) -> str:
     for kind in ("loopback", "link_local", "multicast", "unspecified"):
         if getattr(address, f"is_{kind}"):
             return f"is {kind.replace('_', '-')}"
-    if in_networks(address, settings["trusted"]["never"]):
+    would_be = _trusted_network(address, settings)
+    if any(would_be.overlaps(other) for other in _networks(settings["trusted"]["never"], address.version)):
         return "is in mailfw:trusted:never"
     return ""
+
+
+def _trusted_network(address: Address, settings: Settings) -> parse.Network:
+    """Return all that trusting an address trusts: its prefix over IPv6."""
+    prefix = settings["trusted"]["ipv6_prefix"] if address.version == 6 else 32
+    return ipaddress.ip_network((trusted_key(address, settings), prefix))
+
+
+def _networks(texts: Iterable[str], version: int) -> Iterator[Any]:
+    """Yield the networks of one family, for which Python compares networks."""
+    return (network for network in map(ipaddress.ip_network, texts) if network.version == version)
 
 
 def ports_for_login(address: Address, settings: Settings) -> list[int]:
     """Return the ports that a login from ``address`` opens.
 
-    A service in private mode is opened only for what pillar's trusted networks admit already.
+    A service in private mode is opened only for what pillar's trusted networks admit already, with its whole prefix.
     """
-    admitted = in_networks(address, settings["trusted"][f"networks_{family(address)}"])
+    would_be: Any = _trusted_network(address, settings)
+    networks = _networks(settings["trusted"][f"networks_{family(address)}"], address.version)
+    admitted = any(would_be.subnet_of(network) for network in networks)
     return [
         service["port"]
         for service in settings["services"]

@@ -32,9 +32,9 @@ def files(settings: Settings) -> dict[str, list[dict[str, Any]]]:
 def context(settings: Settings) -> dict[str, Any]:
     """Return the variables that every template sees.
 
-    ``mailfw``: the settings. ``source``, ``destination``: how a rule names the client of a packet that comes in or
-    goes out, by the prefix that makes an IPv6 source, for bans, blocks and rates; ``trusted_source``,
-    ``trusted_destination``: the same for trust. ``meter_timeout``, ``network_meter_timeout``: seconds that a source's
+    ``mailfw``: the settings. ``source_ipv6``, ``destination_ipv6``: how a rule names the client of a packet that comes
+    in or goes out, by the prefix that makes an IPv6 source, for bans, blocks and rates; ``trusted_source_ipv6``,
+    ``trusted_destination_ipv6``: the same for trust. ``meter_timeout``, also that of ``networks``: seconds that a
     bucket must be kept, since one that is forgotten before it has refilled limits nothing.
     """
     autoban = settings["autoban"]
@@ -98,6 +98,20 @@ def decision(
 
     ``trusted``: port -> time left of the address's trust; ``banned``, ``blocked``: time left, None when it is not.
     """
+    outcome = _enforced_decision(address, service, trusted, banned, blocked, settings)
+    if outcome.startswith("refused") and not settings["enforce"]:
+        return f"accepted: mailfw:enforce is false; it would be {outcome}"
+    return outcome
+
+
+def _enforced_decision(
+    address: parse.Address,
+    service: dict[str, Any],
+    trusted: dict[int, str],
+    banned: str | None,
+    blocked: str | None,
+    settings: Settings,
+) -> str:
     networks = f"networks_ipv{address.version}"
     kind = access(service["role"], service["mode"])
     if not service["login"]:

@@ -136,7 +136,7 @@ STRANGE = {
     "an nft script": b"login\x00198.51.100.10 . 25 }; flush ruleset #\0alice",
     "a script after a newline": b"login\x00198.51.100.10\nflush ruleset\0alice",
     "not UTF-8": b"login\0\xff\xfe\xc3\0alice",
-    "not ASCII": "login\0١٩٨.51.100.10\0alice".encode(),
+    "not ASCII": "login\0\u0661\u0669\u0668.51.100.10\0alice".encode(),
     "long address": b"login\0" + b"1" * 70000 + b"\0alice",
     "too long": b"login\x00198.51.100.10\0" + b"a" * client.LONGEST,
     "unknown verb": b"flush\0",
@@ -352,6 +352,16 @@ def test_forgotten_trust_is_a_logins_again(agent: Agent, loaded: Firewall, famil
     assert max(trusted(loaded, family).values()) <= DAY
 
 
+def test_message_cannot_bring_back_a_trust_that_an_operator_has_ended(agent: Agent, loaded: Firewall) -> None:
+    before = time.time()
+    agent.login("203.0.113.1")
+    loaded.untrust("203.0.113.1")
+    agent.ask("forget", "203.0.113.1")
+    assert agent.ask("receive", signed({"203.0.113.1": before})) == "0"
+    assert not trusted(loaded, "ipv4")
+    assert agent.ask("receive", signed({"203.0.113.1": time.time()})) == "1"
+
+
 # Start and settings
 
 
@@ -533,10 +543,9 @@ def test_another_hosts_message_is_no_echo(agent: Agent) -> None:
 
 @pytest.mark.slow
 def test_login_without_an_echo_is_announced_again(agent: Agent) -> None:
-    agent.login("203.0.113.1")
-    agent.login("203.0.113.2")
-    until(lambda: sum(len(message.logins) for message in announced(agent)) == 2, "both are announced")
-    first = announced(agent)
+    for number in (1, 2):
+        agent.login(f"203.0.113.{number}")
+        first = until(lambda number=number: len(found := announced(agent)) == number and found, "announced")
     agent.ask("receive", agent.events()[0]["data"]["message"])
     (again,) = until(lambda: announced(agent)[len(first) :], "announced again", seconds=10)
     assert [str(source) for source in again.logins] == ["203.0.113.2"]

@@ -176,25 +176,66 @@ def test_other_modes_count_nobody(firewall: Firewall, alice: Client, family: str
     assert firewall.counter("counted") == 0
 
 
+@pytest.mark.parametrize("speaks_first", ["client", "server"])
+@pytest.mark.parametrize("kind", ["earned", "network", "exempt"])
+def test_sessions_older_than_the_table_are_not_counted_either(
+    firewall: Firewall, mail: MailServer, alice: Client, family: str, kind: str, speaks_first: str
+) -> None:
+    """An office has many sessions open while the rules are loaded for the first time."""
+    source = alice.addresses(family)[0]
+    sessions = [alice.open(143, source) for _ in range(2 * BURST)]
+    lists = {f"networks_{family}": [source]}
+    load(firewall, trusted=lists if kind == "network" else {}, exempt=lists if kind == "exempt" else {})
+    if kind == "earned":
+        firewall.trust(source)
+    if speaks_first == "server":
+        for session in sessions:
+            mail.say(session.name)
+            assert session.hears()
+    assert [session.talks() for session in sessions * 2] == [True] * 4 * BURST
+    assert firewall.counter("counted") == 0
+    for session in sessions:
+        session.close()
+
+
+def connect_from_port(client: Client, source: str, port: int) -> socket.socket:
+    """Return a connection from a port that may have been used before."""
+
+    def connect() -> socket.socket:
+        connection = socket.socket(socket.AF_INET6 if ":" in source else socket.AF_INET)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        connection.settimeout(PATIENCE)
+        connection.bind((source, port))
+        connection.connect((Host.ipv6 if ":" in source else Host.ipv4, 143))
+        return connection
+
+    return client.call(connect)
+
+
 def test_source_port_used_again_is_counted_again(firewall: Firewall, alice: Client, family: str) -> None:
     load(firewall)
     source = alice.addresses(family)[0]
-
-    def reuse() -> bytes:
-        kind = socket.AF_INET6 if family == "ipv6" else socket.AF_INET
-        with socket.socket(kind) as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
-            connection.settimeout(PATIENCE)
-            connection.bind((source, 40000))
-            connection.connect((getattr(Host, family), 143))
-            return connection.recv(100)
-
     for _ in range(BURST):
-        assert alice.call(reuse)
-    with pytest.raises(TimeoutError):
-        alice.call(reuse)
+        with connect_from_port(alice, source, 20000) as connection:
+            assert connection.recv(100)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # end with a reset
+    with connect_from_port(alice, source, 20000) as connection, pytest.raises(TimeoutError):
+        connection.recv(100)
     assert alice.connect(143, source) == "refused"
+
+
+def test_source_port_used_again_after_a_login_is_not_counted(firewall: Firewall, alice: Client, family: str) -> None:
+    """Conntrack still knows the connection that was one too many, and that it had to be counted."""
+    load(firewall)
+    source = alice.addresses(family)[0]
+    assert [alice.connect(143, source) for _ in range(BURST)] == ["open"] * BURST
+    with connect_from_port(alice, source, 20001) as connection, pytest.raises(TimeoutError):
+        connection.recv(100)
+    counted = firewall.counter("counted")
+    firewall.trust(source)
+    with connect_from_port(alice, source, 20001) as connection:
+        assert connection.recv(100)
+    assert firewall.counter("counted") == counted
 
 
 def test_whole_networks_can_be_counted(firewall: Firewall, alice: Client, mallory: Client, family: str) -> None:

@@ -205,11 +205,29 @@ class Fleet:
 
     def configure_master(self, *arguments: str) -> Applied:
         """Apply mailfw.reactor to the master."""
-        command = [self._factories.python_executable, self._factories.get_salt_script_path("salt-call")]
-        options = ["--config-dir", str(self.master.config_dir), "--local", "--out=json", "--log-level=error"]
-        done = self.host.run(*map(str, command), *options, "state.apply", "master", *arguments, check=False)
+        return Applied(
+            self._salt_call(self.host, self.master.config_dir, "--local", "state.apply", "master", *arguments)
+        )
+
+    def salt_call(self, target: MailHost, *arguments: str) -> Any:
+        """Call a function on a mail host from there; return what it returned."""
+        return self._salt_call(target.host, target.minion.config_dir, *arguments)
+
+    def _salt_call(self, host: Host, configuration: str, *arguments: str) -> Any:
+        script = str(self._factories.get_salt_script_path("salt-call"))
+        options = ["--config-dir", str(configuration), "--out=json", "--log-level=error"]
+        done = host.run(self._factories.python_executable, script, *options, *arguments, check=False)
         assert done.stdout, done.stderr
-        return Applied(json.loads(done.stdout)["local"])
+        return json.loads(done.stdout)["local"]
+
+    def wait_for_minions(self) -> None:
+        """Wait until the mail hosts hear the master's jobs, as they do not at first after it was off."""
+
+        def heard() -> bool:
+            with salt.client.get_local_client(mopts={**self.master.config, "gather_job_timeout": 1}) as master:
+                return master.cmd(list(self.hosts), "test.ping", tgt_type="list", timeout=1).keys() == self.hosts.keys()
+
+        wait_for("the minions to hear the master", heard)
 
     @contextlib.contextmanager
     def mail_host(self, name: str) -> Iterator[MailHost]:

@@ -104,7 +104,9 @@ def test_a_replay_trusts_nobody_again(
     wait_until_trusted(address, mx2)
     (overheard,) = wait_for("the announcement", lambda: fleet.announcements_since(moment))
     fleet.call_all([mx1, mx2], "mailfw.untrust", address)
+    received = mx2.agent.status()["received"]
     nothing_comes_of(lambda: intruder.fire({"message": overheard}))
+    assert mx2.agent.status()["received"] == received + 1
 
 
 def test_ids_and_lists_of_events_are_no_authority(fleet: Fleet, intruder: Intruder, nothing_comes_of: Any) -> None:

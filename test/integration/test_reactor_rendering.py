@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import salt.config
-import salt.minion
+import salt.loader
 import salt.state
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -30,12 +29,11 @@ JSON = st.recursive(
 
 
 @pytest.fixture(scope="module")
-def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[salt.state.Compiler]:
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> salt.state.Compiler:
     """What the reactor compiles reactions with."""
     directory = tmp_path_factory.mktemp("master")
-    opts = salt.config.apply_master_config({"root_dir": str(directory), "cachedir": str(directory / "cache")})
-    with salt.minion.MasterMinion({**opts, "file_client": "local"}) as minion:
-        yield salt.state.Compiler(opts, minion.rend)
+    opts = salt.config.apply_minion_config({"root_dir": str(directory), "file_client": "local"}, minion_id="master")
+    return salt.state.Compiler(opts, salt.loader.render(opts, salt.loader.minion_mods(opts)))
 
 
 def reactions(compiler: salt.state.Compiler, event: Any) -> list[tuple[str, Any]]:

@@ -59,7 +59,7 @@ def install() -> None:
     title("1. The master learns of the fleet, and a highstate from it guards two mail hosts")
     configure_master()
     for host in ("mx1", "mx2"):
-        preview = salt(host, "state.highstate", "test=True")[host]
+        preview = salt(host, "state.apply", "mailfw", "test=True")[host]
         show(f"{host}, test=True before the first run: {next(iter(preview.values()))['comment']}")
         results = states(host)
         print(f"  {host}: {len(results)} states, {len(changed(results))} changed")

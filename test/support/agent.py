@@ -20,7 +20,12 @@ HOST_ID, LOGIN_USER = "mx1.example", "nobody"
 #: The start that systemd gives a service with a socket: sd_listen_fds(3).
 _START = 'export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@" 3<&0 </dev/null'
 #: What a process of another user asks the agent.
-_ASK = "import sys; sys.path.insert(0, '/usr/lib/mailfw'); from mailfwlib import client; print(client.ask(*sys.argv[1:]))"
+_ASK = """
+import sys
+sys.path.insert(0, "/usr/lib/mailfw")
+from mailfwlib import client
+print(client.ask(*sys.argv[1:]))
+"""
 
 
 class Agent:

@@ -14,8 +14,8 @@ class MailServer:
     """A server on each mail port of the host."""
 
     def __init__(self, host: Host):
-        #: The connections that the server has open, by the client's address and port.
-        self.sessions: set[str] = set()
+        #: The connections that the server has open: the client's address and port -> where to write.
+        self.sessions: dict[str, asyncio.StreamWriter] = {}
         self._ready = threading.Event()
         self._running = host.start(asyncio.run, self._serve())
         assert self._ready.wait(LIMIT), self._running
@@ -29,7 +29,7 @@ class MailServer:
 
     async def _speak(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         name = "{}:{}".format(*writer.get_extra_info("peername")[:2])
-        self.sessions.add(name)
+        self.sessions[name] = writer
         try:
             writer.write(b"220 mail host\r\n")
             while await reader.readline():
@@ -37,8 +37,12 @@ class MailServer:
         except OSError:
             pass
         finally:
-            self.sessions.discard(name)
+            self.sessions.pop(name, None)
             writer.close()
+
+    def say(self, name: str) -> None:
+        """Send a line to a client that has asked for nothing, as IMAP's IDLE does."""
+        self._loop.call_soon_threadsafe(self.sessions[name].write, b"* 1 EXISTS\r\n")
 
     def close(self) -> None:
         """Stop the servers."""

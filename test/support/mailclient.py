@@ -55,7 +55,7 @@ def probe_one(address: str, port: int, source: str | None, patience: float) -> s
     return "open"
 
 
-def probe(targets: list[list[Any]], source: str | None = None, patience: float = 2.0) -> list[str]:
+def probe(targets: list[list[Any]], source: str | None = None, patience: float = 1.0) -> list[str]:
     """Say for each [address, port] whether it is open, refused or silent. All are tried at once."""
     with ThreadPoolExecutor(len(targets)) as pool:
         return list(pool.map(lambda target: probe_one(*target, source, patience), targets))
@@ -97,9 +97,7 @@ def login_then_connect(address: str, protocol: str, source: str | None = None) -
         session.pass_(PASSWORD)
     else:
         session = sieve_login(address, source)
-    outcome = probe_one(address, 587, source, 1.0)
-    session.close()
-    return outcome
+    return probe_one(address, 587, source, 1.0)
 
 
 def sieve_login(address: str, source: str | None) -> socket.socket:
@@ -174,6 +172,7 @@ def hold_session(address: str, source: str | None = None) -> bool:
     client.select("INBOX")
     print("ready", flush=True)
     sys.stdin.readline()
+    client.sock.settimeout(2)
     answers = client.noop()[0] == "OK" and client.search(None, "ALL")[0] == "OK"
     client.logout()
     return answers

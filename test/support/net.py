@@ -143,6 +143,13 @@ class Session:
         """Send a line; return whether the server answers it."""
         try:
             self.say()
+        except OSError:
+            return False
+        return self.hears()
+
+    def hears(self) -> bool:
+        """Return whether the server says something."""
+        try:
             return bool(self._connection.recv(1000))
         except OSError:
             return False
@@ -153,7 +160,10 @@ class Session:
 
 
 class Client(Namespace):
-    """A client with addresses of both families. The first two IPv6 addresses are in one /64, the third in another one of the same /48."""
+    """A client with addresses of both families.
+
+    The first two IPv6 addresses are in one /64, the third in another one of the same /48.
+    """
 
     def __init__(self, name: str, ipv4: list[str], ipv6: list[str]):
         super().__init__(name)

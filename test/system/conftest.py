@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,8 @@ def fleet() -> Iterator[Beginning]:
     lab.lab("down")
     lab.lab("up")
     lab.configure_master()
-    preview = {host: lab.states(host, "state.highstate", "test=True") for host in HOSTS}
-    yield Beginning(preview, {host: lab.states(host) for host in HOSTS})
+    preview = {host: lab.states(host, "state.apply", "mailfw", "test=True") for host in HOSTS}
+    yield Beginning(preview, {host: lab.states(host, "state.apply", "mailfw") for host in HOSTS})
     lab.lab("down")
 
 
@@ -59,13 +59,6 @@ class LabBackend(BaseBackend):
         return self.run_local("%s exec %s -- sh -c %s", str(lab.LAB), self.name, script)
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Without --hosts, the checks of a host run on each mail host of the lab."""
-    if "host" in metafunc.fixturenames and not metafunc.config.getoption("--hosts", None):
-        metafunc.parametrize("host", HOSTS, indirect=True, scope="session")
-
-
 @pytest.fixture(scope="session")
-def host(request: pytest.FixtureRequest) -> testinfra.host.Host:
-    request.getfixturevalue("fleet")
-    return testinfra.host.Host(LabBackend(request.param))
+def lab_host(fleet: Beginning) -> Callable[[str], testinfra.host.Host]:
+    return lambda name: testinfra.host.Host(LabBackend(name))

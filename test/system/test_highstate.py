@@ -18,7 +18,7 @@ def test_before_the_first_run_test_mode_says_what_it_cannot_know(fleet, host):
     assert not one["changes"]
 
 
-def test_first_highstate_brings_everything_at_once(fleet):
+def test_first_state_apply_brings_everything_at_once(fleet):
     for host in HOSTS:
         ids = " ".join(changed(fleet.first[host]))
         assert "mailfw extension modules are synced" in ids
@@ -68,6 +68,7 @@ def test_wrong_pillar_is_reported_as_a_whole_and_changes_nothing(fleet, host):
         assert lab.run(host, "nft", "-s", "list", "ruleset") == before
     finally:
         lab.set_pillar(ENVIRONMENTS[host], protection={"type": "autoban"})
+        lab.states(host)
 
 
 def test_a_mode_switch_shows_a_diff_that_test_mode_has_shown(mode):

@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 import pytest
+import testinfra
 
 PORTS = (25, 587, 465, 143, 993, 110, 995, 4190)
+
+
+def pytest_generate_tests(metafunc):
+    """Each mail host of the lab, or with --hosts the host that it names."""
+    named = metafunc.config.getoption("--hosts")
+    metafunc.parametrize("where", [f"{named}?sudo=True"] if named else ["mx1", "mx2"], scope="session")
+
+
+@pytest.fixture(scope="session")
+def host(where, request):
+    if "://" in where:
+        identity = request.config.getoption("--ssh-identity-file")
+        return testinfra.get_host(where, ssh_identity_file=identity)
+    return request.getfixturevalue("lab_host")(where)
 
 
 @pytest.mark.parametrize("unit", ["mailfw-agent.socket", "mailfw-agent"])

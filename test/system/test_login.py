@@ -18,11 +18,18 @@ def protected(fleet):
         lab.states(host, "state.apply", "mailfw")
 
 
+FORGET = """
+for set in trusted_ipv4 trusted_ipv6 banned_dovecot_ipv4 banned_dovecot_ipv6 rate_dovecot_ipv4 rate_dovecot_ipv6; do
+  nft flush set inet mailfw $set
+done
+systemctl restart mailfw-agent
+"""
+
+
 @pytest.fixture(autouse=True)
 def nobody_is_trusted():
-    for address in ("198.51.100.10", "2001:db8:0:2::10", "203.0.113.10", "2001:db8:0:3::10"):
-        lab.salt("mx1,mx2", "mailfw.untrust", address)
-        lab.salt("mx1,mx2", "mailfw.unban", address)
+    for host in HOSTS:
+        lab.run(host, "sh", "-c", FORGET)
 
 
 @pytest.mark.parametrize("version", [4, 6])

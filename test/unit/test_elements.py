@@ -155,7 +155,9 @@ def test_scripts_hold_nothing_but_commands_on_elements(address, seconds):
         ("::ffff:203.0.113.200", "is in mailfw:trusted:never"),
         ("203.0.112.200", ""),
         ("2001:db8::1", "is in mailfw:trusted:never"),
-        ("2001:db8::2", ""),
+        # Trusting it would trust its whole /64, with the address that must not be.
+        ("2001:db8::2", "is in mailfw:trusted:never"),
+        ("2001:db8:0:1::2", ""),
         ("2001:db8:5:6::7", "is in mailfw:trusted:never"),
         ("192.0.2.77", "is in mailfw:trusted:never"),
         ("10.10.1.14", ""),
@@ -223,3 +225,9 @@ def test_answers_to_operators():
         "2001:db8::": {143: "forever"},
     }
     assert list(elements.by_address_and_port(listed)["192.0.2.1"]) == [143, 587]
+
+
+@pytest.mark.parametrize(("network", "ports"), [("2001:db8::/48", 7), ("2001:db8::5/128", 0)])
+def test_private_mode_admits_an_ipv6_login_only_with_its_whole_prefix(network, ports):
+    pillar = {"protection": {"type": "private"}, "trusted": {"networks_ipv6": [network]}}
+    assert len(elements.ports_for_login(parse.address("2001:db8::5"), settings.resolve(pillar))) == ports

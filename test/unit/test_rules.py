@@ -327,3 +327,10 @@ def test_decision_knows_the_networks_of_each_family():
         "accepted: in mailfw:trusted:networks_ipv6"
     )
     assert rules.decision(parse.address("192.0.2.1"), imap, {}, None, None, found).startswith("refused: not trusted")
+
+
+def test_decision_says_when_nothing_is_enforced():
+    found = settings.resolve({"protection": {"type": "private"}, "enforce": False})
+    service = next(one for one in found["services"] if one["name"] == "imap")
+    said = rules.decision(parse.address("192.0.2.1"), service, {}, None, None, found)
+    assert said == "accepted: mailfw:enforce is false; it would be refused: not trusted, and the mode is private"
