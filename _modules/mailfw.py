@@ -19,9 +19,10 @@ import time
 
 import salt.utils.files
 import salt.utils.yaml
+from salt.exceptions import CommandExecutionError, SaltInvocationError
+
 from mailfwlib import client, elements, messages, nft, parse, rules, ruleset
 from mailfwlib import settings as schema
-from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 log = logging.getLogger(__name__)
 

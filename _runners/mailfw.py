@@ -16,8 +16,9 @@ import time
 
 import salt.client
 import salt.utils.files
-from mailfwlib import messages
 from salt.exceptions import SaltInvocationError
+
+from mailfwlib import messages
 
 log = logging.getLogger(__name__)
 

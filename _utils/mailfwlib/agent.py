@@ -121,7 +121,7 @@ class Agent:
             return str(self._receive(arguments[0]))
         if verb == "remember" and root and len(arguments) == 3:
             for port in arguments[1].split(","):
-                self._note(parse.address(arguments[0]), int(port), float(arguments[2]))
+                self._given[parse.address(arguments[0]), int(port)] = float(arguments[2])
             return ""
         if verb == "forget" and root and len(arguments) == 1:
             self._forget(parse.address(arguments[0]))

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+
 from support.firewall import Firewall
 from support.mail import MailServer
 from support.net import FAMILIES, Client, Host, Net

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mailfwlib import client, messages
 from mailfwlib.client import AgentError
 from support.agent import HOST_ID, KEY, LOGIN_USER, Agent, signed

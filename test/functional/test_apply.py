@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+
 from mailfwlib import nft, ruleset
 from mailfwlib.settings import MODES
 from support.firewall import Firewall
@@ -182,9 +183,11 @@ def test_changed_timeout_of_the_trusted_sets_keeps_trust(firewall: Firewall, fam
     firewall.load(trusted={"timeout": "5h"})
     firewall.trust(ADDRESS[family], 86400, [587])
     firewall.trust(ADDRESS[family], 60, [465])
-    firewall.run(f"add element inet mailfw trusted_{family} {{ {KEY[family]} . 993 }}")
+    own, default = f"{KEY[family]} . 110 timeout 1d expires 500s", f"{KEY[family]} . 993"
+    firewall.run(f"add element inet mailfw trusted_{family} {{ {own}, {default} }}")
     assert firewall.load(trusted={"timeout": timeout})
     found = firewall.elements(f"trusted_{family}")
+    assert 490 < found[f"{KEY[family]} . 110"] <= 500
     assert 86390 < found[f"{KEY[family]} . 587"] <= 86400
     assert 50 < found[f"{KEY[family]} . 465"] <= 60
     left = 3600 if timeout == "1h" else 18000  # by the set's default, which has become shorter in one case
@@ -200,11 +203,13 @@ def test_many_elements_are_carried(firewall: Firewall) -> None:
     assert len(firewall.elements("trusted_ipv4")) == 5000
 
 
-def test_changed_rate_starts_with_full_bursts(firewall: Firewall, alice: Client, family: str) -> None:
+@pytest.mark.parametrize("rate", ["1/minute", "3/minute"])
+def test_changed_rate_starts_with_full_bursts(firewall: Firewall, alice: Client, family: str, rate: str) -> None:
+    """With the slower rate the meters are kept for another time, and so are made anew; with the other they stay."""
     source = alice.addresses(family)[0]
-    firewall.load(autoban={"rate": "1/minute", "burst": 3})
+    firewall.load(autoban={"rate": rate, "burst": 3})
     assert [alice.connect(143, source) for _ in range(3)] == ["open"] * 3
-    firewall.load(autoban={"rate": "1/minute", "burst": 2})
+    firewall.load(autoban={"rate": rate, "burst": 2})
     assert [alice.connect(143, source) for _ in range(3)] == ["open", "open", "silent"]
 
 

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytest
+
 from support import forge
 from support.firewall import Firewall
 from support.mail import MailServer
@@ -265,6 +266,19 @@ def test_forged_packets_count_nobody(firewall: Firewall, net: Net, alice: Client
         assert not firewall.elements(f"banned_{role}_{family}")
         assert not firewall.elements(f"rate_{role}_{family}")
     assert [alice.connect(port, bystander) for _ in range(BURST)] == ["open"] * BURST
+
+
+@pytest.mark.parametrize("flags", [0, forge.FIN, forge.RST, forge.SYN | forge.ACK, forge.SYN | forge.FIN])
+def test_packets_of_no_connection_are_dropped(
+    firewall: Firewall, net: Net, alice: Client, family: str, flags: int
+) -> None:
+    load(firewall)
+    source = alice.addresses(family)[0]
+    kind = socket.AF_INET6 if family == "ipv6" else socket.AF_INET
+    packets = [forge.packet(source, 143, flags, port, 0) for port in range(2000, 2010)]
+    net.mallory.call(forge.send, packets, kind)
+    until(lambda: firewall.counter("reopened") == len(packets), "all are dropped")
+    assert firewall.counter("counted") == 0
 
 
 def addresses(count: int) -> str:

@@ -6,6 +6,7 @@ import time
 from typing import Callable
 
 import pytest
+
 from mailfwlib.settings import login_ports
 from support.firewall import Firewall
 from support.net import Client

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 
 import pytest
+
 from mailfwlib.settings import MODES, SERVICES
 from support.firewall import Firewall
 from support.mail import MailServer

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from mailfwlib.settings import MODES
 from support.firewall import Firewall
 from support.mail import MailServer

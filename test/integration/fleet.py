@@ -17,18 +17,18 @@ from typing import Any
 
 import attr
 import salt.client
-from mailfwlib import client, messages
 from saltfactories.daemons.master import SaltMaster
 from saltfactories.daemons.minion import SaltMinion
 from saltfactories.manager import FactoriesManager
 
 from integration.hosts import Host, ip, wait_for
+from mailfwlib import client, messages
 
 REPOSITORY = Path(__file__).parents[2]
 STATES = Path(__file__).parent / "states"
 NETWORK = "10.99.0"
 SOCKET = "/run/mailfw/login.sock"
-#: The user that the formula takes for Dovecot's, if this machine has none.
+#: Dovecot's user on the hosts, whether or not this machine has one: name, and number of user and group.
 LOGIN_USER = ("dovecot", 990)
 
 
@@ -254,9 +254,10 @@ class Fleet:
         ip("link", "set", host.name, "master", "lan", "up")
         host.run("ip", "address", "add", f"{NETWORK}.{next(self._addresses)}/24", "dev", "eth0")
         host.run("ip", "link", "set", "eth0", "up")
-        if host.run("getent", "passwd", LOGIN_USER[0], check=False).returncode:
-            with host.path("/etc/passwd").open("a") as passwd:
-                passwd.write(f"{LOGIN_USER[0]}:x:{LOGIN_USER[1]}:{LOGIN_USER[1]}::/nonexistent:/bin/false\n")
+        name, number = LOGIN_USER
+        users = host.path("/etc/passwd")
+        others = [line for line in users.read_text().splitlines() if not line.startswith(f"{name}:")]
+        users.write_text("\n".join([*others, f"{name}:x:{number}:{number}::/nonexistent:/bin/false", ""]))
 
     def call(self, target: MailHost, function: str, *arguments: Any, **named: Any) -> Any:
         """Call an execution module's function on a mail host through the master; return what it returned."""

@@ -118,7 +118,20 @@ def test_ids_and_lists_of_events_are_no_authority(fleet: Fleet, intruder: Intrud
 
 def test_a_flood_of_junk_does_not_keep_logins_away(fleet: Fleet, intruder: Intruder, nothing_comes_of: Any) -> None:
     def flood() -> None:
-        for number in range(200):
+        for number in range(100):
             intruder.fire({"message": f"{number:064x} junk"})
 
     nothing_comes_of(flood)
+
+
+def test_many_believable_messages_become_few_jobs(
+    fleet: Fleet, mx1: MailHost, mx2: MailHost, intruder: Intruder
+) -> None:
+    addresses, moment = [fleet.new_address() for _ in range(40)], time.time()
+    for address in addresses:
+        intruder.fire({"message": fleet.sign(address, sender="mx3")})
+    for host in (mx1, mx2):
+        wait_for(f"{host.name} to trust all", lambda host=host: host.trusts(*addresses))
+    jobs = [job for job in fleet.ran_since(moment) if job["fun"] == "mailfw.receive"]
+    assert len(jobs) <= 20
+    assert sum(len(job["arg"][0]) for job in jobs) == 40

@@ -97,6 +97,19 @@ def test_the_session_starts_without_a_socket(fleet: Fleet, mx2: MailHost) -> Non
         mx2.agent.start()
 
 
+@pytest.mark.parametrize("fault", ["import time; time.sleep(60)", "not Python at all", "import os; os._exit(1)"])
+def test_the_session_starts_when_the_hook_is_broken(fleet: Fleet, mx2: MailHost, fault: str) -> None:
+    hook = mx2.host.path(HOOK[-1])
+    whole = hook.read_text()
+    hook.write_text(fault)
+    try:
+        began = time.monotonic()
+        assert run_as_dovecot(mx2, fleet.new_address(), SCRIPT, "echo", "session") == "session\n"
+        assert time.monotonic() - began < 5
+    finally:
+        hook.write_text(whole)
+
+
 def test_other_users_cannot_report_logins(fleet: Fleet, mx1: MailHost) -> None:
     address = fleet.new_address()
     report = (

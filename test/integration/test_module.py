@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
-from mailfwlib import messages
 
 from integration.fleet import Fleet, MailHost, wait_until_trusted
+from mailfwlib import messages
 
 
 def both(fleet: Fleet, function: str, *arguments: Any, **named: Any) -> list[Any]:

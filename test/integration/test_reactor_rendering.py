@@ -13,9 +13,9 @@ import salt.loader
 import salt.state
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from mailfwlib import messages
 
 from integration import hostile
+from mailfwlib import messages
 
 REACTION = Path(__file__).parents[2] / "mailfw" / "reactor" / "login.sls"
 #: The only thing that the reactor ever does, with one argument.

@@ -66,6 +66,14 @@ def install() -> None:
         observe(f"{host}: changes of a second highstate", changed(states(host)), [])
 
 
+def forget() -> None:
+    """Let a demo that is run again begin like the first."""
+    for address in ("198.51.100.10", "2001:db8:0:2::10", "203.0.113.10", "2001:db8:0:3::10"):
+        salt("mx1,mx2", "mailfw.untrust", address)
+    for address in ("198.18.0.66", "198.18.0.67", "2001:db8:0:66::66"):
+        salt("mx1,mx2", "mailfw.unban", address)
+
+
 def modes() -> None:
     title("2. Each mode, as home (a trusted network in private mode), cafe and bot see every port, over IPv4 and IPv6")
     rounds = [("autoban", "private"), ("protected", "public"), ("private", "autoban"), ("public", "protected")]
@@ -153,7 +161,7 @@ def switch_mode() -> None:
 
 def main() -> int:
     started = time.monotonic()
-    for step in (install, modes, login_opens_submission, brute_force, switch_mode):
+    for step in (install, forget, modes, login_opens_submission, brute_force, switch_mode):
         step()
     title(
         f"{'Everything was as it should be' if not failures else f'{len(failures)} observations were wrong'}"

@@ -11,7 +11,6 @@ from typing import Any
 
 from mailfwlib import client, messages, settings
 from mailfwlib.parse import address
-
 from support.net import LIMIT, Host
 
 KEY = "0123456789abcdef0123456789abcdef"

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import jinja2
-from mailfwlib import elements, nft, parse, rules, ruleset, settings
 
+from mailfwlib import elements, nft, parse, rules, ruleset, settings
 from support.net import REPOSITORY, Host
 
 _templates = jinja2.Environment(

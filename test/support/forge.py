@@ -6,7 +6,7 @@ import ipaddress
 import random
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from support.net import Host
 
@@ -47,7 +47,7 @@ def attempts(source: str, port: int, count: int) -> Iterator[bytes]:
         yield packet(source, port, ACK | FIN, sender_port, following)
 
 
-def send(packets: Iterator[bytes], family: int) -> int:
+def send(packets: Iterable[bytes], family: int) -> int:
     """Send packets to the mail host from the calling thread's namespace; return how many."""
     destination = Host.ipv6 if family == socket.AF_INET6 else Host.ipv4
     sent = 0

@@ -6,7 +6,6 @@ import asyncio
 import threading
 
 from mailfwlib.settings import SERVICES
-
 from support.net import LIMIT, Host
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import testinfra.host
-from support import lab
 from testinfra.backend.base import BaseBackend, CommandResult
+
+from support import lab
 
 HOSTS = ("mx1", "mx2")
 ENVIRONMENTS = {"mx1": "prod", "mx2": "staging"}

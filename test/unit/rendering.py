@@ -4,6 +4,7 @@ import functools
 import re
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from mailfwlib import rules
 
 _OBJECT = re.compile(r"^\t(set|map|chain) (\S+) \{\n(.*?)^\t\}$", re.M | re.S)

@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mailfwlib import elements, parse, settings
 
 IPV4 = parse.address("192.0.2.1")

@@ -7,6 +7,7 @@ import salt.config
 import salt.modules.grains
 import salt.utils.templates
 import yaml
+
 from mailfwlib import settings
 
 BROKEN = [

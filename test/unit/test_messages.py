@@ -5,8 +5,8 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mailfwlib import client, messages, parse
 
+from mailfwlib import client, messages, parse
 from unit import arbitrary
 
 KEY = "k" * 32

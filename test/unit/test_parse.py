@@ -4,8 +4,8 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mailfwlib import elements, parse
 
+from mailfwlib import elements, parse
 from unit import arbitrary
 
 PARSERS = [

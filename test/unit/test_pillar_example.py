@@ -3,6 +3,7 @@ import json
 import pytest
 import salt.utils.yaml
 import yaml
+
 from mailfwlib import settings
 
 

@@ -5,8 +5,8 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mailfwlib import parse, rules, settings
 
+from mailfwlib import parse, rules, settings
 from unit.rendering import Rules
 
 MODES = settings.MODES

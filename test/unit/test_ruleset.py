@@ -4,8 +4,8 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mailfwlib import parse, ruleset, settings
 
+from mailfwlib import parse, ruleset, settings
 from unit.rendering import Rules
 
 #: What `nft -s list table inet mailfw` prints, one object or two of each kind, without the spaces that align elements.

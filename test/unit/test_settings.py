@@ -3,8 +3,8 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mailfwlib import rules, settings
 
+from mailfwlib import rules, settings
 from unit import arbitrary
 
 SECRET = "0123456789abcdef" * 2

@@ -1,0 +1,35 @@
+"""Every command that README.md shows for operators runs on the lab as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+
+from support import lab
+
+README = (lab.REPOSITORY / "README.md").read_text()
+COMMANDS = re.findall(r"`((?:salt|salt-call|nft|journalctl|openssl) [^`]+)`", README)
+#: test_clean and test_highstate run these, and more of them.
+ELSEWHERE = {"salt mx1 state.apply mailfw.clean", "salt-call state.apply mailfw.reactor"}
+
+
+def test_the_commands_are_found():
+    assert len(COMMANDS) > 15
+    assert set(COMMANDS) >= ELSEWHERE
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ELSEWHERE])
+def test_command(fleet, command):
+    host = "master" if command.startswith("salt ") else "mx1"
+    done = lab.lab("exec", host, "--", *shlex.split(command), check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip()
+
+
+def test_make_is_the_way_in():
+    assert lab.lab("help").returncode == 0
+    makefile = (lab.REPOSITORY / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)$", README, re.M):
+        assert f"\n{target}:" in makefile
