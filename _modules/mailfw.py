@@ -448,12 +448,13 @@ def check(address):
     key = str(elements.source_key(source, host))
     banned = {role: _banned(role, source).get(key) or _network_ban(role, source, host) for role in host["roles"]}
     blocked = elements.by_address(_elements(f"blocked_{elements.family(source)}")).get(key)
+    decided = {
+        service["name"]: rules.decision(source, service, trusted, banned.get(service["role"]), blocked, host)
+        for service in host["services"]
+    }
     return {
         "address": str(source),
-        "services": {
-            service["name"]: rules.decision(source, service, trusted, banned.get(service["role"]), blocked, host)
-            for service in host["services"]
-        },
+        "services": {name: rules.observed(decision, host) for name, decision in decided.items()},
     }
 
 

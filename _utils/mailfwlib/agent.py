@@ -247,14 +247,18 @@ def _login_uids(settings: Settings) -> list[int]:
 
 
 def _own_address(address: Address) -> str:
-    """Return a reason when an address is this host's own: only those can be bound."""
+    """Return a reason when an address is this host's own: the kernel reaches only those from themselves.
+
+    Asked of the routing table, without a packet. Binding would lie where ip_nonlocal_bind is set.
+    """
     kind = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:
         with socket.socket(kind, socket.SOCK_DGRAM) as probe:
-            probe.bind((str(address), 0))
-    except OSError:
+            probe.connect((str(address), 9))
+            own = parse.address(probe.getsockname()[0]) == address
+    except (OSError, ValueError):
         return ""
-    return "is this host's own"
+    return "is this host's own" if own else ""
 
 
 class Server:

@@ -98,20 +98,6 @@ def decision(
 
     ``trusted``: port -> time left of the address's trust; ``banned``, ``blocked``: time left, None when it is not.
     """
-    outcome = _enforced_decision(address, service, trusted, banned, blocked, settings)
-    if outcome.startswith("refused") and not settings["enforce"]:
-        return f"accepted: mailfw:enforce is false; it would be {outcome}"
-    return outcome
-
-
-def _enforced_decision(
-    address: parse.Address,
-    service: dict[str, Any],
-    trusted: dict[int, str],
-    banned: str | None,
-    blocked: str | None,
-    settings: Settings,
-) -> str:
     networks = f"networks_ipv{address.version}"
     kind = access(service["role"], service["mode"])
     if not service["login"]:
@@ -129,3 +115,10 @@ def _enforced_decision(
     if kind == "trusted only":
         return f"refused: not trusted, and the mode is {service['mode']}"
     return f"accepted: {kind}, the mode is {service['mode']}"
+
+
+def observed(decided: str, settings: Settings) -> str:
+    """Return a decision as it is carried out: with ``enforce: false`` nobody is refused."""
+    if settings["enforce"] or not decided.startswith("refused"):
+        return decided
+    return f"accepted: mailfw:enforce is false; it would be {decided}"

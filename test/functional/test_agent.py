@@ -102,6 +102,21 @@ def test_who_is_never_trusted(agent: Agent, loaded: Firewall, source: str) -> No
     assert agent.status()["outbox"] == 0
 
 
+@pytest.mark.parametrize("source", ["203.0.113.1", "2001:db8:9::1"])
+def test_a_host_that_may_bind_any_address_still_trusts_logins(
+    agent: Agent, loaded: Firewall, host: Host, source: str
+) -> None:
+    """As hosts with keepalived may."""
+    family = "ipv6" if ":" in source else "ipv4"
+    setting = f"net.{family}.ip_nonlocal_bind"
+    host.run("sysctl", "-qw", f"{setting}=1")
+    try:
+        assert agent.login(source) == f"{source} is trusted"
+        assert trusted(loaded, family)
+    finally:
+        host.run("sysctl", "-qw", f"{setting}=0")
+
+
 def test_private_mode_trusts_only_whom_pillar_admits(
     firewall: Firewall, host: Host, alice: Client, tmp_path: Path
 ) -> None:

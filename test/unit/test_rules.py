@@ -329,8 +329,8 @@ def test_decision_knows_the_networks_of_each_family():
     assert rules.decision(parse.address("192.0.2.1"), imap, {}, None, None, found).startswith("refused: not trusted")
 
 
-def test_decision_says_when_nothing_is_enforced():
-    found = settings.resolve({"protection": {"type": "private"}, "enforce": False})
-    service = next(one for one in found["services"] if one["name"] == "imap")
-    said = rules.decision(parse.address("192.0.2.1"), service, {}, None, None, found)
-    assert said == "accepted: mailfw:enforce is false; it would be refused: not trusted, and the mode is private"
+def test_a_refusal_is_only_observed_when_nothing_is_enforced():
+    lax, strict = settings.resolve({"enforce": False}), settings.resolve({})
+    assert rules.observed("refused: banned", lax) == "accepted: mailfw:enforce is false; it would be refused: banned"
+    assert rules.observed("accepted: trusted", lax) == "accepted: trusted"
+    assert rules.observed("refused: banned", strict) == "refused: banned"
