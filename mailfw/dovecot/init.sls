@@ -34,6 +34,13 @@ mailfw login hook is run by Dovecot:
 
 mailfw login hook is known to Dovecot:
   cmd.run:
-    - name: doveconf -n >/dev/null && systemctl try-reload-or-restart dovecot
+    # A configuration that Dovecot refuses would stop it at its next restart, so it does not stay.
+    - name: |
+        if ! doveconf -n >/dev/null; then
+          rm {{ os.dovecot_conf_directory }}/99-mailfw.conf
+          echo "Dovecot refuses its configuration, so mailfw's part of it was removed again." >&2
+          exit 1
+        fi
+        systemctl try-reload-or-restart dovecot
     - onchanges:
       - file: mailfw login hook is run by Dovecot

@@ -87,6 +87,21 @@ def test_a_mode_switch_shows_a_diff_that_test_mode_has_shown(mode):
 
 
 @pytest.mark.parametrize("host", HOSTS)
+def test_a_configuration_that_dovecot_refuses_does_not_stay(fleet, host):
+    ours, broken = "/etc/dovecot/conf.d/99-mailfw.conf", "/etc/dovecot/conf.d/98-broken.conf"
+    lab.run(host, "rm", ours)
+    lab.run(host, "tee", broken, text="nonsense = yes\n")
+    try:
+        with pytest.raises(lab.LabError, match="mailfw login hook is known to Dovecot"):
+            lab.states(host)
+        assert lab.lab("exec", host, "--", "test", "-e", ours, check=False).returncode == 1
+    finally:
+        lab.run(host, "rm", broken)
+    lab.states(host)
+    assert lab.run(host, "cat", ours)
+
+
+@pytest.mark.parametrize("host", HOSTS)
 def test_rules_are_there_after_a_reboot(fleet, host):
     before = lab.run(host, "nft", "-s", "list", "map", "inet", "mailfw", "services")
     lab.lab("reboot", host)
