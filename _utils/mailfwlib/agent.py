@@ -67,7 +67,7 @@ class Agent:
         self._complained: dict[str, float] = {}
         #: When the trust that logins have earned ends: address -> Unix time.
         self._earned: dict[Address, float] = {}
-        #: When a trust ends that lasts longer than a login's, so that a login does not shorten it.
+        #: When a trust ends that an operator gave, or that outlasts a login's: a login does not shorten it.
         self._given: dict[tuple[Address, int], float] = {}
         #: When an operator ended a trust: the master still tells of the logins before that.
         self._ended: dict[Address, float] = {}

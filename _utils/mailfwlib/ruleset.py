@@ -13,7 +13,6 @@ import fcntl
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from mailfwlib import nft
 
@@ -157,8 +156,3 @@ def apply(script: str) -> str:
             carried = "".join(carry(name, new) for name in remade(old, new))
             nft.run(transaction(old, new, script, carried))
     return changed
-
-
-def describe(changed: str) -> dict[str, Any]:
-    """Return a diff in the form in which Salt shows changes."""
-    return {"ruleset": {"diff": changed}} if changed else {}

@@ -28,11 +28,13 @@ class Beginning:
 def fleet() -> Iterator[Beginning]:
     """A lab booted anew, the master configured, and both mail hosts guarded."""
     lab.lab("down")
-    lab.lab("up")
-    lab.configure_master()
-    preview = {host: lab.states(host, "state.apply", "mailfw", "test=True") for host in HOSTS}
-    yield Beginning(preview, {host: lab.states(host, "state.apply", "mailfw") for host in HOSTS})
-    lab.lab("down")
+    try:
+        lab.lab("up")
+        lab.configure_master()
+        preview = {host: lab.states(host, "state.apply", "mailfw", "test=True") for host in HOSTS}
+        yield Beginning(preview, {host: lab.states(host, "state.apply", "mailfw") for host in HOSTS})
+    finally:
+        lab.lab("down")
 
 
 @pytest.fixture

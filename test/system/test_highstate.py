@@ -75,8 +75,8 @@ def test_wrong_pillar_is_reported_as_a_whole_and_changes_nothing(fleet, host):
 def test_a_mode_switch_shows_a_diff_that_test_mode_has_shown(mode):
     lab.set_pillar("prod", protection={"type": "private"})
     try:
-        preview = lab.states("mx1", "state.apply", "mailfw", "test=True")
         before = lab.run("mx1", "nft", "-s", "list", "ruleset")
+        preview = lab.states("mx1", "state.apply", "mailfw", "test=True")
         assert lab.run("mx1", "nft", "-s", "list", "ruleset") == before
         name = next(name for name in preview if name.startswith("mailfw ruleset is loaded"))
         real = mode("mx1", "private")

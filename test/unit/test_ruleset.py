@@ -283,8 +283,3 @@ def test_turn_ends_when_an_applier_fails(tmp_path):
         raise KeyError
     with open(path, encoding="ascii") as other:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def test_changes_as_salt_shows_them():
-    assert ruleset.describe("") == {}
-    assert ruleset.describe("--- loaded") == {"ruleset": {"diff": "--- loaded"}}
