@@ -1,12 +1,13 @@
 # make demo   shows the main job on booted hosts, and leaves them up
 # make test   runs every test, from a bare Debian machine, as root
 # Single suites: make lint unit functional integration system
+# make bench  measures what the rules cost
 SHELL := /bin/bash
 export MAILFW_CACHE ?= /var/cache/mailfw
 VENV := $(MAILFW_CACHE)/venv-$(shell sha256sum pyproject.toml | cut -c1-12)
 PYTEST := TMPDIR=/tmp $(VENV)/bin/pytest
 
-.PHONY: demo test lint unit functional integration system packages clean
+.PHONY: demo test lint unit functional integration system bench packages clean
 
 demo: packages $(VENV)/done
 	test/lab/lab up
@@ -25,6 +26,11 @@ lint: $(VENV)/done
 
 unit functional integration system: $(VENV)/done
 	$(PYTEST) test/$@
+
+# What the rules cost, in connections and packets; about a quarter of an hour, on a machine that does nothing else.
+bench: $(VENV)/done
+	test/bench/install-packages
+	$(VENV)/bin/python test/bench/cost.py $(BENCH)
 
 packages:
 	test/install-packages

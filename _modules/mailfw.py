@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import time
 
@@ -21,16 +22,15 @@ import salt.utils.files
 import salt.utils.yaml
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
-from mailfwlib import client, elements, messages, nft, parse, rules, ruleset
+from mailfwlib import breakglass, client, elements, messages, neighbours, nft, parse, rules, ruleset, sockets
 from mailfwlib import settings as schema
 
 log = logging.getLogger(__name__)
 
 __virtualname__ = "mailfw"
-__func_alias__ = {"apply_": "apply"}
+__func_alias__ = {"apply_": "apply", "open_": "open"}
 
 SETTINGS = "/etc/mailfw/settings.json"
-RULES = "/etc/nftables.d/mailfw"
 TREE = "salt://mailfw"
 SALT_HELPER = "/usr/lib/mailfw/salt_helper.py"
 
@@ -127,28 +127,39 @@ def apply_(files=None, test=False):
         salt mx1 mailfw.apply
         salt mx1 mailfw.apply test=True
     """
-    present = _present_files()
-    if files is None and not present:
-        raise CommandExecutionError(f"{RULES}: no rules there; run 'state.apply mailfw' on this host first")
-    wanted = present if files is None else files
-    script = "\n".join(wanted[name] for name in sorted(wanted))
-    stale = sorted(name for name in present.keys() | wanted.keys() if present.get(name) != wanted.get(name))
+    wanted = ruleset.present() if files is None else files
+    if not wanted:
+        raise CommandExecutionError(f"{ruleset.RULES}: no rules there; run 'state.apply mailfw' on this host first")
     try:
-        diff = ruleset.compare(script) if test else ruleset.apply(script)
+        if test:
+            return {"diff": ruleset.compare(ruleset.joined(wanted)), "files": ruleset.stale_files(wanted)}
+        diff, stale = ruleset.install(wanted)
     except nft.NftError as err:
         raise CommandExecutionError(f"the rules do not load, and those from before stay:\n{err}") from err
-    if not test:
-        for name in stale:
-            _write(os.path.join(RULES, name), wanted.get(name), mode=0o644)
+    except OSError as err:
+        raise CommandExecutionError(f"the rules cannot be written, and those from before stay: {err}") from err
+    if diff:
+        _end_blocked(_pillar_settings())
     return {"diff": diff, "files": stale}
 
 
-def _present_files():
-    found = {}
-    for path in glob.glob(os.path.join(RULES, "*.nft")):
-        with salt.utils.files.fopen(path) as stream:
-            found[os.path.basename(path)] = stream.read()
-    return found
+def _end_blocked(host):
+    """End the open sessions of the pillar's blocked networks; the rules would wait for their next packet."""
+    for family in schema.FAMILIES:
+        for network in host["blocked"][f"networks_{family}"]:
+            _end_sessions(parse.network(network), host)
+
+
+def _end_sessions(network, host):
+    """End a blocked network's open sessions on the login ports; return how many there were."""
+    if not host["enforce"]:
+        return 0
+    spared = host["trusted"][f"networks_ipv{network.version}"]
+    try:
+        return sockets.end(network, schema.login_ports(host), spared)
+    except sockets.SocketsError as err:
+        log.warning("mailfw: sessions of %s end with their next packet, not at once: %s", network, err)
+        return 0
 
 
 def _write(path, text, mode, owner="root"):
@@ -381,8 +392,8 @@ def unban(address, role=None):
 
 def block(address, period=None):
     """
-    Block a source from every login port of this host, whatever else it is, and end its sessions. Only ``unblock``
-    lifts it; a trusted network of the pillar is never blocked.
+    Block a source from every login port of this host, whatever else it is, and end its sessions at once, idle ones
+    too. Only ``unblock`` lifts it; a trusted network of the pillar is never blocked.
 
     address
         The address.
@@ -402,9 +413,10 @@ def block(address, period=None):
     seconds = None if period is None else _period(period)
     key = str(elements.source_key(source, host))
     _run(elements.block(source, seconds, host))
+    ended = _end_sessions(elements.source_network(source, host), host)
     lasting = parse.duration_text(seconds) if seconds else "forever"
-    log.info("mailfw: block %s for %s, by an operator", key, lasting)
-    return {"blocked": key, "period": lasting}
+    log.info("mailfw: block %s for %s, by an operator; %s sessions ended", key, lasting, ended)
+    return {"blocked": key, "period": lasting, "sessions_ended": ended}
 
 
 def unblock(address):
@@ -423,7 +435,7 @@ def unblock(address):
     host = _host_settings()
     source = _address(address)
     key = str(elements.source_key(source, host))
-    had = key in elements.by_address(_elements(f"blocked_{elements.family(source)}"))
+    had = key in _blocked(source)
     _run(elements.unblock(source, host))
     log.info("mailfw: unblock %s, by an operator", key)
     return {"unblocked": key, "was_blocked": had}
@@ -447,15 +459,152 @@ def check(address):
     trusted = _trusted(source).get(str(elements.trusted_key(source, host)), {})
     key = str(elements.source_key(source, host))
     banned = {role: _banned(role, source).get(key) or _network_ban(role, source, host) for role in host["roles"]}
-    blocked = elements.by_address(_elements(f"blocked_{elements.family(source)}")).get(key)
+    blocked = _blocked(source).get(key)
     decided = {
         service["name"]: rules.decision(source, service, trusted, banned.get(service["role"]), blocked, host)
         for service in host["services"]
     }
+    if opening():
+        carried_out = {name: f"accepted: {opening()}" for name in decided}
+    else:
+        carried_out = {name: rules.observed(decision, host) for name, decision in decided.items()}
+    return {"address": str(source), "services": carried_out}
+
+
+def open_(period, reason="through Salt"):
+    """
+    Open every guarded port of this host for everyone, for some time: the way out when mailfw is at fault. It closes by
+    itself; neither a reboot nor a highstate ends it early. On the host itself: ``mailfw-open``.
+
+    period
+        For how long, at most ``7d``.
+
+    reason
+        Why, for whoever looks at the status or the log.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.open 2h reason="locked out, see ticket 17"
+    """
+    return {"open": _break_glass(f"{_period(period)}s", str(reason))}
+
+
+def close():
+    """
+    End what :py:func:`open` began.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.close
+    """
+    return {"open": _break_glass("close")}
+
+
+def _break_glass(*arguments):
+    done = subprocess.run([breakglass.TOOL, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        raise CommandExecutionError(done.stderr.strip())
+    return done.stdout.strip()
+
+
+def opening():
+    """
+    Return until when this host is open for everyone and why, in a sentence; empty when it is not. See :py:func:`open`.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.opening
+    """
+    return breakglass.sentence(time.time())
+
+
+def status():
+    """
+    Say how this host's firewall is: each service's treatment, whether the rules are loaded, how full the sets are, what
+    was decided how often, and what is wrong or worth knowing.
+
+    Lists every set, so it is for people and timers.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.status
+    """
+    host = _host_settings()
+    objects = _live()
+    sizes = ruleset.sizes(objects)
+    fill = {name: len(_elements(name)) for name in sizes}
+    rules_are = ("differ: see mailfw.drift" if drift() else "loaded") if objects else "not loaded"
     return {
-        "address": str(source),
-        "services": {name: rules.observed(decision, host) for name, decision in decided.items()},
+        "enforcing": host["enforce"],
+        "services": {
+            service["name"]: f"{service['port']}: {service['mode']}, {rules.access(service['role'], service['mode'])}"
+            for service in host["services"]
+            if service["login"]
+        },
+        "rules": rules_are,
+        "sets": {name: f"{fill[name]} of {size}" for name, size in sizes.items()},
+        "decisions": _counters(),
+        "warnings": [opening()] * bool(opening()) + _full(fill, sizes) + _unguarded(host) + _neighbours(host),
     }
+
+
+def drift():
+    """
+    Return how what is loaded differs from the rule files of this host, as a diff: lines with ``-`` are loaded, those
+    with ``+`` should be. Empty when nothing does.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.drift
+    """
+    return apply_(test=True)["diff"]
+
+
+def _counters():
+    try:
+        return nft.counters()
+    except nft.NftError as err:
+        raise CommandExecutionError(str(err)) from err
+
+
+def _full(fill, sizes):
+    """Return a warning for each set that takes no more elements."""
+    return [
+        f"the set {name} is full, with {sizes[name]} elements: see mailfw:sizes:{rules.size_key(name)}"
+        for name in sizes
+        if fill[name] >= sizes[name]
+    ]
+
+
+def _unguarded(host):
+    """Return a warning for each login port that is open here and that the settings do not know."""
+    guarded = {service["port"] for service in host["services"]}
+    try:
+        found = sockets.listening() - guarded
+    except sockets.SocketsError as err:
+        return [f"what listens here cannot be told: {err}"]
+    return [
+        f"port {service.port} ({name}) is open and not guarded: mailfw:services or mailfw:roles leave it out"
+        for name, service in schema.SERVICES.items()
+        if service.login and service.port in found
+    ]
+
+
+def _neighbours(host):
+    try:
+        return neighbours.warnings(host)
+    except nft.NftError as err:
+        return [f"other tables cannot be read: {err}"]
 
 
 def _live():
@@ -471,6 +620,10 @@ def _trusted(source):
 
 def _banned(role, source):
     return elements.by_address(_elements(f"banned_{role}_{elements.family(source)}"))
+
+
+def _blocked(source):
+    return elements.by_address(_elements(f"blocked_{elements.family(source)}"))
 
 
 def _network_ban(role, source, host):
@@ -492,7 +645,7 @@ def list_trusted():
         salt mx1 mailfw.list_trusted
     """
     found = {}
-    for family in ("ipv4", "ipv6"):
+    for family in schema.FAMILIES:
         found.update(elements.by_address_and_port(_elements(f"trusted_{family}")))
     return found
 
@@ -513,7 +666,7 @@ def list_banned(role=None):
     found = {}
     for one in _roles(role):
         found[one] = {}
-        for family in ("ipv4", "ipv6"):
+        for family in schema.FAMILIES:
             found[one].update(elements.by_address(_elements(f"banned_{one}_{family}")))
     return found
 
@@ -529,7 +682,7 @@ def list_blocked():
         salt mx1 mailfw.list_blocked
     """
     found = {}
-    for family in ("ipv4", "ipv6"):
+    for family in schema.FAMILIES:
         found.update(elements.by_address(_elements(f"blocked_{family}")))
     return found
 

@@ -58,11 +58,13 @@ def ruleset(name):
     except CommandExecutionError as err:
         return _result(name, False, str(err))
     changes = {kind: value for kind, value in done.items() if value}
+    opening = __salt__["mailfw.opening"]()
+    note = f" NOT IN FORCE: this host is {opening}" if opening else ""
     if not changes:
-        return _result(name, comment="The ruleset is loaded and its files are as they should be.")
+        return _result(name, comment=f"The ruleset is loaded and its files are as they should be.{note}")
     if testing:
-        return _result(name, None, "The ruleset would be changed.", changes)
-    return _result(name, comment="The ruleset was changed.", changes=changes)
+        return _result(name, None, f"The ruleset would be changed.{note}", changes)
+    return _result(name, comment=f"The ruleset was changed.{note}", changes=changes)
 
 
 def settings_saved(name, login_users=("dovecot",)):

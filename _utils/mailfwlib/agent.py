@@ -19,10 +19,12 @@ request                            who may      what it does
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import pwd
+import queue
 import selectors
 import signal
 import socket
@@ -34,8 +36,9 @@ from typing import Any, Callable
 
 from mailfwlib import __version__, client, elements, messages, nft, parse
 from mailfwlib.announcer import Announcer
+from mailfwlib.keeper import Keeper
 from mailfwlib.parse import Address
-from mailfwlib.settings import Settings, login_ports
+from mailfwlib.settings import ROLES, Settings, login_ports
 
 SETTINGS = Path("/etc/mailfw/settings.json")
 #: A client that has connected and says nothing is dropped after this many seconds.
@@ -75,6 +78,9 @@ class Agent:
         self.counts = {"logins": 0, "received": 0, "refused": 0}
         self.refresh_settings()
         self.announcer = Announcer(lambda: self.settings)
+        #: Repairs of the rules that the keeper has made: since when elements may be missing, and what was altered.
+        self._repairs: queue.SimpleQueue[tuple[float, list[str]]] = queue.SimpleQueue()
+        self.keeper = Keeper(lambda since, altered: self._repairs.put((since, altered)))
         self._recall()
 
     def _recall(self) -> None:
@@ -159,6 +165,8 @@ class Agent:
             self._nft.run(elements.trust(address, seconds, self.settings))
         except nft.NftError as err:
             self._complain("nft", f"{address} cannot be trusted: {err}")
+            if err.full:  # A login lifts its source's bans, even if there is no room left for its trust.
+                self._nft.run(elements.unban(address, ROLES, self.settings))
             raise RefusedError(f"{address} cannot be trusted: {err}") from err
         self._remember(key, until)
 
@@ -167,6 +175,29 @@ class Agent:
         self._earned[key] = until
         if len(self._earned) > MOST_LOGINS:
             del self._earned[next(iter(self._earned))]
+
+    def after_repairs(self) -> None:
+        """Trust again who has logged in since the snapshot that a repair restored, and tell of it."""
+        while not self._repairs.empty():
+            since, altered = self._repairs.get()
+            try:
+                self._trust_again(since)
+            except nft.NftError:
+                log.exception("not every login since the last snapshot is trusted again")
+            found = {"host": self.settings["host"]["id"], "altered": altered}
+            self.announcer.tell("mailfw/healed", found)
+
+    def _trust_again(self, since: float) -> None:
+        now, period = time.time(), self.settings["trusted"]["period"]
+        recent = [(key, until) for key, until in self._earned.items() if until > now and until - period >= since - 1]
+        for key, until in recent:
+            with contextlib.suppress(RefusedError):
+                self._trust(key, elements.ports_for_login(key, self.settings), until)
+        for key in [key for key, at in self._ended.items() if at >= since - 1 and key not in self._earned]:
+            self._nft.run(elements.untrust(key, login_ports(self.settings), self.settings))
+        for (key, port), until in list(self._given.items()):
+            if until > now:
+                self._nft.run(elements.trust(key, {port: max(1, round(until - now))}, self.settings))
 
     def _forget(self, key: Address) -> None:
         self._earned.pop(key, None)
@@ -223,6 +254,7 @@ class Agent:
             "keys": [messages.fingerprint(key) for key in self.settings["fleet"]["keys"]],
             **self.counts,
             **self.announcer.status(),
+            **self.keeper.status(),
         }
 
     def _complain(self, about: str, sentence: str) -> None:
@@ -274,9 +306,10 @@ class Server:
         listener.setblocking(False)
         self._accept(True)
 
-    def serve(self) -> None:
-        """Serve until :attr:`stopping` is set."""
+    def serve(self, between: Callable[[], None]) -> None:
+        """Serve until :attr:`stopping` is set; call ``between`` every now and then."""
         while not self.stopping:
+            between()
             for key, _ in self._selector.select(timeout=0.5):
                 if key.fileobj is self._listener:
                     self._welcome()
@@ -367,8 +400,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     agent.announcer.start()
+    agent.keeper.start()
     _notify("READY=1")
     log.info("mailfw-agent %s ready", __version__)
-    server.serve()
+    server.serve(agent.after_repairs)
+    agent.keeper.stop()
     agent.announcer.stop()
     return 0

@@ -26,6 +26,8 @@ FIRST_WAIT = 5.0
 LONGEST_WAIT = 60.0
 #: Logins that may wait for their echo; beyond that the oldest is dropped, and counted.
 MOST_WAITING = 100_000
+#: Events of other kinds that may wait to be fired.
+MOST_EVENTS = 100
 
 log = logging.getLogger("mailfw-agent")
 
@@ -37,6 +39,7 @@ class Announcer:
         self._settings = settings
         self._wake = threading.Condition()
         self._waiting: dict[Address, float] = {}
+        self._events: list[dict[str, Any]] = []
         self._sent: dict[str, tuple[dict[Address, float], float]] = {}
         self._wait = FIRST_WAIT
         self._helper: subprocess.Popen[str] | None = None
@@ -61,6 +64,12 @@ class Announcer:
         """Have a login announced. Returns at once."""
         with self._wake:
             self._put(address, at)
+            self._wake.notify()
+
+    def tell(self, tag: str, data: dict[str, Any]) -> None:
+        """Have an event fired for whoever listens, once and without an echo. Returns at once."""
+        with self._wake:
+            self._events = [*self._events[-MOST_EVENTS + 1 :], {"tag": tag, "data": data}]
             self._wake.notify()
 
     def echoed(self, nonce: str) -> None:
@@ -103,10 +112,10 @@ class Announcer:
     def _work_to_do(self) -> bool:
         """Wait until logins have to be announced, and return True; or False when it is time to end."""
         with self._wake:
-            while not self._waiting and not self._stopping:
+            while not self._waiting and not self._events and not self._stopping:
                 self._wake.wait(timeout=1.0)
                 self._take_back_unanswered()
-            return bool(self._waiting)
+            return bool(self._waiting or self._events)
 
     def _take_back_unanswered(self) -> None:
         now = time.monotonic()
@@ -118,14 +127,17 @@ class Announcer:
             self._wait = min(self._wait * 2, LONGEST_WAIT)
 
     def _send_waiting(self) -> None:
-        """Send the logins that wait, as many as one message takes; without a key the fleet is not told."""
+        """Send what waits, as many logins as one message takes; without a key the fleet is not told of them."""
         settings, nonce = self._settings(), messages.new_nonce()
         keys = settings["fleet"]["keys"]
         with self._wake:
+            events, self._events = self._events, []
             logins = {address: self._waiting.pop(address) for address in list(self._waiting)[: messages.MOST_LOGINS]}
-            if keys:
+            if keys and logins:
                 self._sent[nonce] = (logins, time.monotonic() + self._wait)
-        if keys:
+        for event in events:
+            self._fire(event)
+        if keys and logins:
             text = messages.sign(settings["host"]["id"], nonce, logins, keys[0])
             self._fire({"tag": TAG, "data": {"message": text}})
 

@@ -37,6 +37,12 @@ def source_key(address: Address, settings: Settings) -> Address:
     return prefix_base(address, settings["autoban"]["ipv6_prefix"])
 
 
+def source_network(address: Address, settings: Settings) -> parse.Network:
+    """Return all that is counted, banned and blocked together with an address: its prefix over IPv6."""
+    prefix = settings["autoban"]["ipv6_prefix"] if address.version == 6 else 32
+    return ipaddress.ip_network((source_key(address, settings), prefix))
+
+
 def network_key(address: Address, settings: Settings) -> Address:
     """Return the address under which the network of ``address`` is counted and banned (``autoban.networks``)."""
     prefix = settings["autoban"]["networks"][f"{family(address)}_prefix"]

@@ -6,7 +6,10 @@ Both take the same scripts. Starting ``nft`` costs about 15 ms; a login's elemen
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
+import os
+import re
 import subprocess
 from typing import Any
 
@@ -18,6 +21,11 @@ TIMEOUT = 120
 
 class NftError(RuntimeError):
     """nft refused a script; the message is nft's own."""
+
+    def __init__(self, message: str):
+        #: ENFILE is what the kernel says of an element that does not fit (nf_tables_api.c, nft_add_set_elem).
+        self.full = os.strerror(errno.ENFILE) in message
+        super().__init__(message + ("\nA set is full: see mailfw:sizes." if self.full else ""))
 
 
 def command(*arguments: str, script: str | None = None) -> str:
@@ -41,6 +49,30 @@ def elements(name: str) -> list[dict[str, Any]]:
     listing = json.loads(command("-j", "list", "set", *TABLE.split(), name))
     found = next(entry["set"] for entry in listing["nftables"] if "set" in entry)
     return [entry["elem"] if _is_timed(entry) else {"val": entry} for entry in found.get("elem", [])]
+
+
+def table() -> str:
+    """Return the loaded table as nft lists it, without elements; empty when there is none. Raises NftError.
+
+    Of the whole ruleset, since nft 1.0.6 reads every element before it lists a single table: a minute for a million.
+    """
+    listing = command("-s", "-t", "list", "ruleset", TABLE.split()[0])
+    found = re.search(rf"^table {TABLE} \{{.*?^\}}$", listing, re.M | re.S)
+    return found[0] if found else ""
+
+
+def element_text(element: dict[str, Any]) -> str:
+    """Return the value of an element as nft writes it, such as ``192.0.2.1 . 587``."""
+    value = element["val"]
+    return " . ".join(map(str, value["concat"])) if isinstance(value, dict) else str(value)
+
+
+def counters() -> dict[str, int]:
+    """Return the packets that each named counter has counted. Raises NftError."""
+    listing = json.loads(command("-j", "-t", "list", "ruleset", TABLE.split()[0]))
+    found = (entry["counter"] for entry in listing["nftables"] if "counter" in entry)
+    name = TABLE.split()[1]
+    return {counter["name"]: counter["packets"] for counter in found if counter["table"] == name}
 
 
 def _is_timed(entry: Any) -> bool:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from mailfwlib import elements, parse
-from mailfwlib.settings import ROLES, Settings
+from mailfwlib.settings import FAMILIES, ROLES, Settings
 
 
 def files(settings: Settings) -> dict[str, list[dict[str, Any]]]:
@@ -29,35 +29,66 @@ def files(settings: Settings) -> dict[str, list[dict[str, Any]]]:
     return made
 
 
+#: Connections older than the table that are remembered as such, for each family.
+OLDER = 262144
+#: Sources that do not fit into a full meter share the rate of this many.
+CROWD = 10
+
+
 def context(settings: Settings) -> dict[str, Any]:
     """Return the variables that every template sees.
 
-    ``mailfw``: the settings. ``source_ipv6``, ``destination_ipv6``: how a rule names the client of a packet that comes
-    in or goes out, by the prefix that makes an IPv6 source, for bans, blocks and rates; ``trusted_source_ipv6``,
-    ``trusted_destination_ipv6``: the same for trust. ``meter_timeout``, also that of ``networks``: seconds that a
-    bucket must be kept, since one that is forgotten before it has refilled limits nothing.
+    ``mailfw``: the settings. Dictionaries by family, ``ipv4`` and ``ipv6``: ``ip``, the protocol as rules name it;
+    ``saddr`` and ``daddr``, how a rule names the client of a packet that comes in or goes out by the prefix that makes
+    an IPv6 source, for bans, blocks and rates; ``trusted_saddr`` and ``trusted_daddr``, the same for trust.
+    ``meter_timeout``, also that of ``networks``: seconds that a bucket must be kept, since one that is forgotten before
+    it has refilled limits nothing. ``mark`` and ``unmarked``: the bit of the connection mark, and all others.
     """
     autoban = settings["autoban"]
-    networks = autoban["networks"]
+    networks, rate = autoban["networks"], autoban["rate"]
     return {
         "mailfw": settings,
         "roles": ROLES,
-        "source_ipv6": _masked("ip6 saddr", autoban["ipv6_prefix"]),
-        "destination_ipv6": _masked("ip6 daddr", autoban["ipv6_prefix"]),
-        "trusted_source_ipv6": _masked("ip6 saddr", settings["trusted"]["ipv6_prefix"]),
-        "trusted_destination_ipv6": _masked("ip6 daddr", settings["trusted"]["ipv6_prefix"]),
-        "rate": parse.rate_text(autoban["rate"]),
+        "families": FAMILIES,
+        "ip": {"ipv4": "ip", "ipv6": "ip6"},
+        "saddr": _client("saddr", autoban["ipv6_prefix"]),
+        "daddr": _client("daddr", autoban["ipv6_prefix"]),
+        "trusted_saddr": _client("saddr", settings["trusted"]["ipv6_prefix"]),
+        "trusted_daddr": _client("daddr", settings["trusted"]["ipv6_prefix"]),
+        "sizes": {"older": OLDER},
+        "rate": parse.rate_text(rate),
         "burst": autoban["burst"],
-        "meter_timeout": refill(autoban["rate"], autoban["burst"]),
+        "common_rate": parse.rate_text({**rate, "count": CROWD * rate["count"]}),
+        "common_burst": CROWD * autoban["burst"],
+        "meter_timeout": refill(rate, autoban["burst"]),
         "networks": networks
         and {
             "rate": parse.rate_text(networks["rate"]),
             "burst": networks["rate"]["count"],
             "meter_timeout": refill(networks["rate"], networks["rate"]["count"]),
-            "mask_ipv4": _mask_ipv4(networks["ipv4_prefix"]),
-            "mask_ipv6": parse.mask(networks["ipv6_prefix"]),
+            "mask": {"ipv4": _mask_ipv4(networks["ipv4_prefix"]), "ipv6": parse.mask(networks["ipv6_prefix"])},
         },
+        "mark": f"{settings['mark']:#010x}",
+        "unmarked": f"{settings['mark'] ^ 0xFFFFFFFF:#010x}",
+        "log": settings["log"] and _log_statement(settings["log"], settings["enforce"]),
     }
+
+
+def _log_statement(log: dict[str, Any], enforce: bool) -> dict[str, str]:
+    """Return the parts of a statement that logs at a limited rate, without its prefix, and the verbs of prefixes."""
+    target = "level info" if log["group"] is None else f"group {log['group']}"
+    would = "" if enforce else "would "
+    return {
+        "limited": f"limit rate {parse.rate_text(log['rate'])} burst 5 packets log prefix",
+        "target": target,
+        "ban": f"{would}ban",
+        "refuse": f"{would}refuse",
+    }
+
+
+def _client(field: str, ipv6_prefix: int) -> dict[str, str]:
+    whole = f"ip6 {field}"
+    return {"ipv4": f"ip {field}", "ipv6": whole if ipv6_prefix == 128 else f"{whole} & {parse.mask(ipv6_prefix)}"}
 
 
 def refill(rate: dict[str, Any], burst: int) -> int:
@@ -70,12 +101,15 @@ def refill(rate: dict[str, Any], burst: int) -> int:
     return min(max(60, math.ceil(burst * seconds / count)), parse.LONGEST)
 
 
-def _masked(field: str, prefix: int) -> str:
-    return field if prefix == 128 else f"{field} & {parse.mask(prefix)}"
-
-
 def _mask_ipv4(prefix: int) -> str:
     return str(parse.network(f"0.0.0.0/{prefix}").netmask)
+
+
+def size_key(name: str) -> str:
+    """Return the key below ``mailfw:sizes`` that gives the size of a set."""
+    if name.startswith(("rate_", "network_rate_")):
+        return "rates"
+    return name.partition("_")[0]
 
 
 def access(role: str, mode: str) -> str:

@@ -2,22 +2,40 @@
 
 The kernel is the canonicaliser: the files are loaded into a scratch network namespace and listed, and two
 listings are compared. The change is one nft transaction, so there is no moment without rules, and a file that
-does not load changes nothing.
+does not load changes nothing. A table that was not there comes with the elements of the last snapshot.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import difflib
 import fcntl
+import hashlib
+import json
+import logging
 import os
 import re
+import shutil
+import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-from mailfwlib import nft
+from mailfwlib import breakglass, elements, netlink, nft, parse, snapshot, sockets
+from mailfwlib.rules import OLDER
+
+log = logging.getLogger(__name__)
 
 #: Appliers take turns on this file: two at once would double the rules of a chain.
 LOCK = "/run/mailfw/apply.lock"
+
+#: The rule files, one for what all roles share and one for each role.
+RULES = Path("/etc/nftables.d/mailfw")
+#: What was loaded last since the host has booted. Its absence says that no rules are wanted.
+LOADED = Path("/run/mailfw/loaded")
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 
 #: The objects of a table: (kind, name) -> its text as nft lists it.
 Objects = dict[tuple[str, str], str]
@@ -36,12 +54,7 @@ def wanted(script: str) -> Objects:
 
 def live() -> Objects:
     """Return what is loaded now, without the elements that rules and logins add; ``{}`` when nothing is."""
-    try:
-        objects = _objects(nft.command("-s", "-t", "list", "table", *nft.TABLE.split()))
-    except nft.NftError as err:
-        if "No such file or directory" in str(err):
-            return {}
-        raise
+    objects = _objects(nft.table())
     for kind, name in [key for key in objects if _is_static(key, objects)]:
         objects.update(_objects(nft.command("-s", "list", kind, *nft.TABLE.split(), name)))
     return objects
@@ -56,13 +69,33 @@ def _is_static(key: tuple[str, str], objects: Objects) -> bool:
     return key[0] == "map" or (key[0] == "set" and "dynamic" not in objects[key])
 
 
+def sizes(objects: Objects) -> dict[str, int]:
+    """Return how many elements each set takes that rules and logins add to: name -> size.
+
+    Those whose size is nobody's concern are left out.
+    """
+    return {
+        key[1]: int(match[1])
+        for key, text in objects.items()
+        if key[0] == "set"
+        and not key[1].startswith(("older_", "break_glass"))
+        and (match := re.search(r"\n\t\tsize (\d+)", text))
+    }
+
+
 def difference(old: Objects, new: Objects) -> str:
-    """Return a unified diff of two rulesets, empty when they are equal."""
-    if old == new:
-        return ""
-    order = list(new) + [key for key in old if key not in new]
-    before, after = ("\n".join(side[key] for key in order if key in side).splitlines() for side in (old, new))
-    return "\n".join(difflib.unified_diff(before, after, "loaded", "wanted", lineterm="", n=2))
+    """Return a unified diff of each object that differs in two rulesets, empty when they are equal."""
+    lines: list[str] = []
+    for key in list(new) + [key for key in old if key not in new]:
+        before, after = (side.get(key, "").splitlines() for side in (old, new))
+        name = " ".join(key)
+        lines += difflib.unified_diff(before, after, f"loaded {name}", f"wanted {name}", lineterm="", n=2)
+    return "\n".join(lines)
+
+
+def altered(diff: str) -> list[str]:
+    """Return the objects that a diff is about, such as ``chain guarded``."""
+    return re.findall(r"^\+\+\+ wanted (.*)$", diff, re.M)
 
 
 def transaction(old: Objects, new: Objects, script: str, carried: str) -> str:
@@ -71,7 +104,7 @@ def transaction(old: Objects, new: Objects, script: str, carried: str) -> str:
     Elements that rules and logins have added stay. ``carried`` adds those again whose set has to be made anew.
     """
     if not old:
-        return script
+        return script + "\n" + carried
     lines = [f"flush chain {nft.TABLE} {name}" for kind, name in old if kind == "chain"]
     for kind, name in old:
         if _is_static((kind, name), old) or (kind == "set" and name.startswith(_METERS)):
@@ -89,8 +122,7 @@ def remade(old: Objects, new: Objects) -> list[str]:
         for kind, name in old
         if kind == "set"
         and (kind, name) in new
-        and not _is_static((kind, name), old)
-        and not name.startswith(_METERS)
+        and snapshot.KEPT.fullmatch(name)
         and _definition((kind, name), old) != _definition((kind, name), new)
     ]
 
@@ -103,30 +135,32 @@ def _definition(key: tuple[str, str], objects: Objects) -> str:
     return _ELEMENTS.sub("", text)
 
 
-def carry(name: str, new: Objects) -> str:
-    """Return the script that adds a loaded set's elements again with the time they have left.
+def restored(elements: snapshot.Elements, new: Objects) -> str:
+    """Return the script that adds elements again, with the time they have left, to the sets that there are."""
+    timeouts = {name: _default_timeout(new["set", name]) for name in sizes(new) if snapshot.KEPT.fullmatch(name)}
+    return snapshot.script(elements, timeouts, time.time())
 
-    An element that lived by the set's default timeout lives no longer than the new default.
+
+def _default_timeout(text: str) -> int | None:
+    match = re.search(r"\n\t\ttimeout (\S+)", text)
+    return parse.duration(match[1]) if match else None
+
+
+def older(new: Objects) -> str:
+    """Return the script that remembers the connections to counted ports that are open while a table is made.
+
+    They are not new, so they must not be counted as such.
     """
-    match = re.search(r"\n\t\ttimeout (\S+)", new["set", name])
-    default = _seconds(match[1]) if match else None
-    lines = []
-    for element in nft.elements(name):
-        value = element["val"]
-        text = " . ".join(map(str, value["concat"])) if isinstance(value, dict) else str(value)
-        if "expires" in element:
-            left = max(1, element["expires"])
-            if "timeout" in element:
-                text += f" timeout {max(element['timeout'], left)}s expires {left}s"
-            elif default:
-                text += f" timeout {default}s expires {min(left, default)}s"
-        lines.append(text)
-    return f"add element {nft.TABLE} {name} {{ {', '.join(lines)} }}\n" if lines else ""
-
-
-def _seconds(text: str) -> int:
-    units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-    return sum(int(count) * units[unit] for count, unit in re.findall(r"(\d+)([dhms])(?!s)", text))
+    ports = re.findall(r"(\d+) : goto", new["map", "counting"])
+    found: dict[str, list[str]] = {}
+    try:
+        for address, client_port, port in sockets.connections(map(int, ports)) if ports else []:
+            found.setdefault(elements.family(address), []).append(f"{address} . {client_port} . {port}")
+    except sockets.SocketsError as err:
+        log.warning("open connections cannot be listed, so they will be counted as new ones: %s", err)
+    return "".join(
+        f"add element {nft.TABLE} older_{family} {{ {', '.join(lines[:OLDER])} }}\n" for family, lines in found.items()
+    )
 
 
 @contextlib.contextmanager
@@ -140,7 +174,7 @@ def turn(path: str = LOCK) -> Iterator[None]:
 
 def compare(script: str) -> str:
     """Return how the loaded rules differ from what ``script`` declares, as a diff; empty when they do not."""
-    return difference(live(), wanted(script))
+    return difference(live(), _known(script))
 
 
 def apply(script: str) -> str:
@@ -148,11 +182,137 @@ def apply(script: str) -> str:
 
     Raises NftError with nft's message, and then the loaded rules are what they were.
     """
-    new = wanted(script)
+    new = _known(script)
     with turn():
-        old = live()
-        changed = difference(old, new)
-        if changed:
-            carried = "".join(carry(name, new) for name in remade(old, new))
-            nft.run(transaction(old, new, script, carried))
+        return _apply(script, new)
+
+
+def _apply(script: str, new: Objects) -> str:
+    old = live()
+    changed = difference(old, new)
+    if changed and old:
+        names = remade(old, new)
+        kept = {name: found for name, found in snapshot.current().items() if name in names} if names else {}
+        nft.run(transaction(old, new, script, restored(kept, new)))
+    elif changed:
+        _create(script, new)
+    _record(script, new)
     return changed
+
+
+def _create(script: str, new: Objects) -> None:
+    """Load a table that is not there, with what the last snapshot knows."""
+    always = older(new) + breakglass.resumed(time.time())
+    try:
+        recalled = restored(snapshot.fitting(snapshot.load(), sizes(new)), new)
+        nft.run(transaction({}, new, script, always + recalled))
+    except (snapshot.SnapshotError, nft.NftError) as err:
+        nft.run(transaction({}, new, script, always))
+        with contextlib.suppress(OSError):
+            log.error("the snapshot was set aside as %s: %s", snapshot.set_aside(), err)
+
+
+def install(files: dict[str, str], directory: Path = RULES) -> tuple[str, list[str]]:
+    """Load rule files, name -> text, and put them on disk once the kernel has taken them.
+
+    Returns the diff and the names of the files that were written or removed. Whatever interrupts it, the directory has
+    the old files or the new ones, all of them. Raises NftError and OSError, and then nothing has changed.
+    """
+    script = joined(files)
+    stale = stale_files(files, directory)
+    new = _known(script)
+    with turn():
+        staged = _staged(files, directory) if stale else None
+        try:
+            changed = _apply(script, new)
+            if staged:
+                _exchange(staged, directory)
+        finally:
+            if staged:
+                shutil.rmtree(staged, ignore_errors=True)
+    return changed, stale
+
+
+def joined(files: dict[str, str]) -> str:
+    """Return rule files as one script, in the order in which nft's include reads them."""
+    return "\n".join(files[name] for name in sorted(files))
+
+
+def present(directory: Path = RULES) -> dict[str, str]:
+    """Return the rule files on disk: name -> text."""
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(directory.glob("*.nft"))}
+
+
+def stale_files(files: dict[str, str], directory: Path = RULES) -> list[str]:
+    """Return the names of the files that differ from those on disk."""
+    there = present(directory)
+    return sorted(name for name in there.keys() | files.keys() if there.get(name) != files.get(name))
+
+
+def _staged(files: dict[str, str], directory: Path) -> Path:
+    """Write files into a directory beside the real one, in place of what an interrupted one has left; return it."""
+    directory.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    staged = directory.with_name(f"{directory.name}.new")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(mode=0o755)
+    for name, content in files.items():
+        snapshot.replace(staged / name, content, mode=0o644)
+    return staged
+
+
+def _exchange(staged: Path, directory: Path) -> None:
+    """Give a directory's name to another one, at once (renameat2(2))."""
+    if not directory.exists():
+        staged.rename(directory)
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, bytes(staged), _AT_FDCWD, bytes(directory), _RENAME_EXCHANGE):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(directory))
+
+
+def unload() -> None:
+    """Take the table away, and say that this is on purpose, after a last snapshot."""
+    with turn():
+        try:
+            if live():
+                log.info("snapshot %s", snapshot.save())
+        except (nft.NftError, OSError) as err:
+            log.error("no last snapshot: %s", err)
+        LOADED.unlink(missing_ok=True)
+        nft.run(f"table {nft.TABLE}\ndelete table {nft.TABLE}")
+
+
+def _known(script: str) -> Objects:
+    """Return what the kernel makes of a script; of the one that is loaded this is known already."""
+    record = loaded()
+    if record and record["key"] == _key(script):
+        return {(kind, name): text for kind, name, text in record["objects"]}
+    return wanted(script)
+
+
+def _key(script: str) -> str:
+    """Return what tells a script from others, and from itself under another kernel or nft: they list it differently."""
+    where = shutil.which("nft", path="/usr/sbin:/sbin:/usr/bin:/bin")
+    stamp = os.stat(where).st_mtime_ns if where else 0
+    return hashlib.sha256(f"{os.uname().release} {stamp}\n{script}".encode()).hexdigest()
+
+
+def _record(script: str, new: Objects) -> None:
+    """Leave on this boot's disk what is loaded, for :func:`loaded`."""
+    static = sorted(name for kind, name in new if _is_static((kind, name), new))
+    record = {
+        "key": _key(script),
+        "objects": [[*key, text] for key, text in new.items()],
+        "static": static,
+        "fingerprint": netlink.Kernel().fingerprint(static),
+    }
+    snapshot.replace(LOADED, json.dumps(record))
+
+
+def loaded() -> dict[str, Any]:
+    """Return what the last applier has left: ``fingerprint``, ``static`` (see netlink) and more; ``{}`` without one."""
+    try:
+        found: dict[str, Any] = json.loads(LOADED.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found

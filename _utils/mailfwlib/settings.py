@@ -17,6 +17,7 @@ Settings = dict[str, Any]
 
 MODES = ("autoban", "protected", "private", "public")
 ROLES = ("postfix", "dovecot")
+FAMILIES = ("ipv4", "ipv6")
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,49 @@ def _service_modes(value: Any) -> dict[str, str]:
     return modes
 
 
+def _changed_services(value: Any) -> dict[str, Any]:
+    """Return service -> False or {"port": ...} for the services that are switched off or on another port."""
+    if not isinstance(value, dict):
+        raise ValueError("expected a mapping of services, such as {pop3: false, submission: {port: 2587}}")
+    changed: dict[str, Any] = {}
+    problems: list[tuple[str, Any, str]] = []
+    for name, entry in value.items():
+        try:
+            _choice(*LOGIN_SERVICES)(name)
+            changed[name] = _changed_service(entry)
+        except _NestedError as err:
+            problems.extend((f":{name}{rest}", inner, sentence) for rest, inner, sentence in err.problems)
+        except ValueError as err:
+            known = name in LOGIN_SERVICES
+            problems.append((f":{name}" if known else "", entry if known else name, str(err)))
+    if problems:
+        raise _NestedError(problems)
+    return changed
+
+
+def _changed_service(entry: Any) -> Any:
+    if entry is False:
+        return False
+    if not isinstance(entry, dict):
+        raise ValueError("expected false or a mapping such as {port: 2587}")
+    return _nested(entry, {"port": Option(_whole(1, 65535), None, "the TCP port of the service")})
+
+
+def _nested(value: Any, schema: dict[str, Any]) -> Settings:
+    """Return the parsed values of a mapping that stands where other values may stand, too."""
+    problems: list[tuple[str, Any, str]] = []
+    parsed = _walk(value, schema, "", problems)
+    if problems:
+        raise _NestedError(problems)
+    return parsed
+
+
+def _bit(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**32 or value & (value - 1):
+        raise ValueError("expected one bit of 32, such as 0x01000000")
+    return value
+
+
 class _NestedError(ValueError):
     """Problems inside a value: (the rest of the path, the value, the sentence) for each."""
 
@@ -157,11 +201,21 @@ def _counted_networks(value: Any) -> Any:
         return False
     if not isinstance(value, dict):
         raise ValueError("expected false or a mapping such as {rate: 100/minute, ipv4_prefix: 24, ipv6_prefix: 48}")
-    problems: list[tuple[str, Any, str]] = []
-    parsed = _walk(value, _NETWORK_COUNTING, "", problems)
-    if problems:
-        raise _NestedError(problems)
-    return parsed
+    return _nested(value, _NETWORK_COUNTING)
+
+
+_LOGGING = {
+    "rate": Option(parse.rate, "10/minute", "lines for each kind of decision"),
+    "group": Option(_whole(0, 65535), None, "an nflog group instead of the kernel's log"),
+}
+
+
+def _logging(value: Any) -> Any:
+    if value is False:
+        return False
+    if not isinstance(value, dict):
+        raise ValueError("expected false or a mapping such as {rate: 10/minute}")
+    return _nested(value, _LOGGING)
 
 
 _NETWORK_LISTS = {
@@ -177,6 +231,7 @@ SCHEMA: dict[str, Any] = {
     },
     "enforce": Option(_boolean, True, "false: count who would have been refused, refuse nobody"),
     "roles": Option(_roles, list(ROLES), "what this host serves"),
+    "services": Option(_changed_services, {}, "services on another port or switched off, e.g. {pop3: false}"),
     "autoban": {
         "rate": Option(parse.rate, "10/minute", "new connections of one source to the ports of one role"),
         "burst": Option(_whole(1, 10000), 20, "connections that a quiet source may open at once"),
@@ -202,6 +257,16 @@ SCHEMA: dict[str, Any] = {
         "blocked": Option(_choice("drop", "reject"), "drop", "what a blocked source gets"),
         "untrusted": Option(_choice("hold", "reject", "drop"), "hold", "what a source that is not trusted gets"),
     },
+    "log": Option(_logging, {}, "log bans and refusals, at a limited rate"),
+    "sizes": {
+        "trusted": Option(_whole(1, 2**24), 2_000_000, "elements of the trusted sets: addresses times ports"),
+        "banned": Option(_whole(1, 2**24), 65536, "banned sources, for each role and family"),
+        "blocked": Option(_whole(1, 2**24), 65536, "sources blocked by operators, for each family"),
+        "rates": Option(_whole(1, 2**24), 65536, "sources whose rate is measured, for each role and family"),
+        "waiting": Option(_whole(1, 2**24), 65536, "sources that hold keeps waiting, for each family"),
+        "observed": Option(_whole(1, 2**24), 65536, "who would have been refused, for each family"),
+    },
+    "mark": Option(_bit, 0x01000000, "the bit of the connection mark that mailfw uses"),
     "fleet": {
         "keys": Option(_each(_key, "secrets"), [], "shared secrets of the mail hosts, newest first"),
     },
@@ -239,6 +304,9 @@ def _walk(pillar: Any, schema: dict[str, Any], path: str, problems: list[tuple[s
             parsed[key] = _walk(pillar.get(key, {}), entry, here, problems)
             continue
         value = pillar.get(key, entry.default)
+        if value is None and entry.default is None:
+            parsed[key] = None
+            continue
         try:
             parsed[key] = entry.parse(value)
         except _NestedError as err:
@@ -258,6 +326,12 @@ def _conflicts(settings: Settings) -> list[str]:
             f"mailfw:autoban:networks:ipv6_prefix: {counting['ipv6_prefix']}: "
             f"must be shorter than mailfw:autoban:ipv6_prefix, which is {autoban['ipv6_prefix']}"
         )
+    taken: dict[int, str] = {SERVICES["smtp"].port: "smtp"}
+    # Those on their own ports come first: it is another one that was moved there.
+    for service in sorted(_services(settings), key=lambda one: one["name"] in settings["services"]):
+        name, port = service["name"], service["port"]
+        if (other := taken.setdefault(port, name)) != name:
+            problems.append(f"mailfw:services:{name}:port: {port}: is the port of {other}; expected one of its own")
     for family in ("networks_ipv4", "networks_ipv6"):
         for network in sorted(set(settings["trusted"][family]) & set(settings["blocked"][family])):
             problems.append(f"mailfw:blocked:{family}: '{network}': is also in mailfw:trusted:{family}, which wins")
@@ -266,17 +340,17 @@ def _conflicts(settings: Settings) -> list[str]:
 
 def _services(settings: Settings) -> list[dict[str, Any]]:
     """Return the services of the host's roles: name, port, role, mode and whether people log in there."""
-    protection = settings["protection"]
+    protection, changed = settings["protection"], settings["services"]
     return [
         {
             "name": name,
-            "port": service.port,
+            "port": changed.get(name, {}).get("port") or service.port,
             "role": service.role,
             "mode": protection["services"].get(name, protection["type"]) if service.login else "public",
             "login": service.login,
         }
         for name, service in SERVICES.items()
-        if service.role in settings["roles"]
+        if service.role in settings["roles"] and changed.get(name) is not False
     ]
 
 

@@ -4,18 +4,6 @@
 include:
   - mailfw.ruleset
 
-mailfw agent is installed:
-  file.recurse:
-    - name: /usr/lib/mailfw/mailfwlib
-    - source: salt://_utils/mailfwlib
-    - saltenv: base
-    - clean: True
-    - include_pat: "*.py"
-    - file_mode: "0644"
-    - dir_mode: "0755"
-    - require:
-      - mailfw: mailfw settings are saved
-
 mailfw agent can be started:
   file.managed:
     - names:
@@ -33,13 +21,14 @@ mailfw agent can be started:
             login_group: {{ os.dovecot_login_user if "dovecot" in roles else "" }}
     - mode: "0644"
     - require:
-      - file: mailfw agent is installed
+      - file: mailfw library is installed
 
 mailfw agent can be reached:
   service.running:
     - name: mailfw-agent.socket
     - enable: True
     - require:
+      - service: mailfw rules are kept
       - file: mailfw agent can be started
 
 mailfw agent is running:
@@ -49,7 +38,7 @@ mailfw agent is running:
     - require:
       - service: mailfw agent can be reached
     - watch:
-      - file: mailfw agent is installed
+      - file: mailfw library is installed
       - file: mailfw agent can be started
 
 # What it has missed while it was off, and what a new host has never heard. Also makes the host known to the master.

@@ -1,6 +1,6 @@
 {%- from "mailfw/map.jinja" import os with context %}
 
-mailfw rules are not loaded at boot:
+mailfw rules are not kept:
   service.dead:
     - name: mailfw
     - enable: False
@@ -10,13 +10,15 @@ mailfw ruleset is not loaded:
     - name: nft delete table inet mailfw
     - onlyif: nft -t list table inet mailfw
     - require:
-      - service: mailfw rules are not loaded at boot
+      - service: mailfw rules are not kept
 
 mailfw files are removed:
   file.absent:
     - names:
       - {{ os.unit_directory }}/mailfw.service
+      - /usr/sbin/mailfw-open
       - /etc/nftables.d/mailfw
+      - /var/lib/mailfw
       - /etc/mailfw
       - /usr/lib/mailfw
     - require:

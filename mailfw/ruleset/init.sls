@@ -25,20 +25,42 @@ mailfw settings are saved:
     - require:
       - mailfw: mailfw ruleset is loaded
 
-mailfw rules can be loaded at boot:
+mailfw library is installed:
+  file.recurse:
+    - name: /usr/lib/mailfw/mailfwlib
+    - source: salt://_utils/mailfwlib
+    - saltenv: base
+    - clean: True
+    - include_pat: "*.py"
+    - file_mode: "0644"
+    - dir_mode: "0755"
+    - require:
+      - mailfw: mailfw settings are saved
+
+mailfw rules can be loaded without Salt:
   file.managed:
     - names:
+      - /usr/lib/mailfw/mailfw-rules:
+        - source: salt://mailfw/ruleset/files/mailfw-rules
+        - mode: "0755"
+      - /usr/sbin/mailfw-open:
+        - source: salt://mailfw/ruleset/files/mailfw-open
+        - mode: "0755"
       - /usr/lib/mailfw/load.nft:
         - source: salt://mailfw/ruleset/files/load.nft
+      - /usr/lib/mailfw/unload.nft:
+        - source: salt://mailfw/ruleset/files/unload.nft
       - {{ os.unit_directory }}/mailfw.service:
         - source: salt://mailfw/ruleset/files/mailfw.service
     - mode: "0644"
     - makedirs: True
     - require:
-      - mailfw: mailfw ruleset is loaded
+      - file: mailfw library is installed
 
-mailfw rules are loaded at boot:
-  service.enabled:
+# At boot, and after whatever flushes the rules on behalf of nftables.service.
+mailfw rules are kept:
+  service.running:
     - name: mailfw
+    - enable: True
     - require:
-      - file: mailfw rules can be loaded at boot
+      - file: mailfw rules can be loaded without Salt

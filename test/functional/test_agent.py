@@ -81,6 +81,27 @@ def test_login_lifts_bans_and_no_block(agent: Agent, loaded: Firewall, alice: Cl
     assert loaded.elements(f"blocked_{family}")
 
 
+def test_login_lifts_bans_even_when_there_is_no_room_for_its_trust(
+    firewall: Firewall, host: Host, alice: Client, tmp_path: Path, family: str
+) -> None:
+    pillar = {"sizes": {"trusted": len(LOGIN_PORTS)}, "reaction": {"banned": "reject"}}
+    firewall.load(**pillar)
+    agent = Agent(host, tmp_path, pillar)
+    first, *_, second = alice.addresses(family)
+    try:
+        agent.login(first)
+        firewall.ban(second)
+        assert alice.connect(993, second) == "refused"
+        with pytest.raises(AgentError, match="A set is full: see mailfw:sizes"):
+            agent.login(second)
+        assert agent.login(first)
+    finally:
+        agent.close()
+    assert len(trusted(firewall, family)) == len(LOGIN_PORTS)
+    assert alice.connect(993, second) == "open"
+    assert "A set is full" in agent.log()
+
+
 def test_login_again_starts_the_period_anew(agent: Agent, loaded: Firewall, family: str) -> None:
     agent.login(ADDRESS[family])
     element = f"{ELEMENT[family]} . 587"

@@ -275,26 +275,9 @@ def test_packets_of_no_connection_are_dropped(
     load(firewall)
     source = alice.addresses(family)[0]
     kind = socket.AF_INET6 if family == "ipv6" else socket.AF_INET
-    packets = [forge.packet(source, 143, flags, port, 0) for port in range(2000, 2010)]
+    packets = [
+        forge.packet(source, 143, flags, port, 0) for port in range(1000, 1010)
+    ]  # forged attempts come from above
     net.mallory.call(forge.send, packets, kind)
     until(lambda: firewall.counter("reopened") == len(packets), "all are dropped")
     assert firewall.counter("counted") == 0
-
-
-def addresses(count: int) -> str:
-    return ", ".join(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}" for number in range(count))
-
-
-def test_full_ban_set_neither_opens_nor_closes(firewall: Firewall, alice: Client) -> None:
-    load(firewall)
-    source, stranger, _ = alice.ipv4
-    firewall.run(f"add element inet mailfw banned_dovecot_ipv4 {{ {addresses(65536)} }}")
-    exceed(alice, source)
-    assert alice.connect(143, source) == "silent"
-    assert alice.connect(143, stranger) == "open"
-
-
-def test_full_meter_limits_nobody(firewall: Firewall, alice: Client) -> None:
-    load(firewall)
-    firewall.run(f"add element inet mailfw rate_dovecot_ipv4 {{ {addresses(65536)} }}")
-    assert [alice.connect(143, alice.ipv4[0]) for _ in range(3 * BURST)] == ["open"] * 3 * BURST

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
 
-from mailfwlib.settings import MODES, SERVICES
-from support.firewall import Firewall
+from mailfwlib import nft, ruleset
+from mailfwlib.settings import MODES, SERVICES, resolve
+from support.firewall import Firewall, render
 from support.mail import MailServer
 from support.net import PATIENCE, Client, Host
+from unit.rendering import pillars
 
 FAMILY = {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
 PORTS = {name: service.port for name, service in SERVICES.items()}
@@ -81,19 +85,6 @@ def test_trusted_ipv6_source_can_be_one_address(firewall: Firewall, alice: Clien
     assert alice.connect(587, neighbour) == "refused"
 
 
-def test_one_service_can_be_in_another_mode(firewall: Firewall, alice: Client, family: str) -> None:
-    stranger, trusted, *_ = alice.ipv4 if family == "ipv4" else reversed(alice.ipv6)
-    firewall.load(protection={"type": "autoban", "services": {"sieve": "private"}}, reaction=REJECT)
-    firewall.trust(trusted)
-    assert tried(alice, stranger) == expected({"sieve"})
-    assert tried(alice, trusted) == expected(set())
-
-
-def test_one_service_can_be_public_in_private_mode(firewall: Firewall, alice: Client, family: str) -> None:
-    firewall.load(protection={"type": "private", "services": {"submission": "public"}}, reaction=REJECT)
-    assert tried(alice, alice.addresses(family)[0]) == expected((SUBMISSION | ACCESS) - {"submission"})
-
-
 @pytest.mark.parametrize("reaction", ["drop", "hold"])
 def test_reactions_that_do_not_answer(firewall: Firewall, alice: Client, family: str, reaction: str) -> None:
     firewall.load(protection={"type": "protected"}, reaction={"untrusted": reaction})
@@ -128,3 +119,17 @@ def test_host_itself_is_left_alone(firewall: Firewall, host: Host, mail: MailSer
     firewall.load(protection={"type": "private"}, reaction=REJECT)
     with host.call(socket.create_connection, (address, 587), PATIENCE) as connection:
         assert connection.recv(100)
+
+
+@given(pillar=pillars)
+@settings(max_examples=60, deadline=None)
+def test_rules_of_every_pillar_load(pillar: dict[str, Any]) -> None:
+    """And those of any other can take their place."""
+    script = render(resolve(pillar))
+    found = ruleset.wanted(script)
+    assert {("chain", "input"), ("chain", "output"), ("map", "services")} <= found.keys()
+    default = render(resolve({}))
+    there = ruleset.wanted(default)
+    change = ruleset.transaction(there, found, script, "")
+    changed = nft.in_scratch_namespace(default, "-f - <<'END'\n" + change + "\nEND", "-s list table inet mailfw")
+    assert ruleset.difference(ruleset._objects(changed), found) == ""

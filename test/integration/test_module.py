@@ -1,10 +1,14 @@
 """The operator's verbs, called through the master."""
 
+import json
+import re
+import socket
 from typing import Any
 
 import pytest
 
-from integration.fleet import Fleet, MailHost, wait_until_trusted
+from integration.fleet import NETWORK, Fleet, MailHost, wait_until_trusted
+from integration.hosts import network_of
 from mailfwlib import messages
 
 
@@ -28,11 +32,16 @@ def test_apply_has_nothing_to_do_on_a_host_in_order(fleet: Fleet) -> None:
 
 def test_apply_shows_and_repairs_what_somebody_changed(fleet: Fleet, mx1: MailHost) -> None:
     before = mx1.host.ruleset()
-    mx1.host.nft("add", "rule", "inet", "mailfw", "guarded", "ip", "saddr", "192.0.2.66", "accept")
-    assert "-\t\tip saddr 192.0.2.66 accept" in fleet.call(mx1, "mailfw.apply", test=True)["diff"]
-    assert mx1.host.ruleset() != before
-    assert "192.0.2.66" in fleet.call(mx1, "mailfw.apply")["diff"]
-    assert mx1.host.ruleset() == before
+    mx1.agent.stop()  # It would repair this first.
+    try:
+        mx1.host.nft("add", "rule", "inet", "mailfw", "guarded", "ip", "saddr", "192.0.2.66", "accept")
+        assert "-\t\tip saddr 192.0.2.66 accept" in fleet.call(mx1, "mailfw.apply", test=True)["diff"]
+        assert fleet.call(mx1, "mailfw.drift") == fleet.call(mx1, "mailfw.apply", test=True)["diff"]
+        assert mx1.host.ruleset() != before
+        assert "192.0.2.66" in fleet.call(mx1, "mailfw.apply")["diff"]
+        assert mx1.host.ruleset() == before
+    finally:
+        mx1.agent.start()
 
 
 def test_render_gives_the_files_that_are_loaded(fleet: Fleet, mx1: MailHost) -> None:
@@ -100,11 +109,63 @@ def test_a_login_lifts_a_ban_on_every_host_but_never_a_block(fleet: Fleet, mx1: 
 
 def test_block_and_unblock(fleet: Fleet) -> None:
     address = fleet.new_address()
-    assert both(fleet, "mailfw.block", address) == [{"blocked": address, "period": "forever"}] * 2
+    done = {"blocked": address, "period": "forever", "sessions_ended": 0}
+    assert both(fleet, "mailfw.block", address) == [done] * 2
     assert [listed[address] for listed in both(fleet, "mailfw.list_blocked")] == ["forever"] * 2
     assert both(fleet, "mailfw.unblock", address) == [{"unblocked": address, "was_blocked": True}] * 2
     assert both(fleet, "mailfw.unblock", address) == [{"unblocked": address, "was_blocked": False}] * 2
     assert not any(address in listed for listed in both(fleet, "mailfw.list_blocked"))
+
+
+def test_a_block_ends_idle_sessions_at_once(fleet: Fleet, mx1: MailHost) -> None:
+    source = f"{NETWORK}.1"
+    own = mx1.host.run("ip", "-json", "-4", "address", "show", "eth0").stdout
+    mail_host = json.loads(own)[0]["addr_info"][0]["local"]
+    with network_of(mx1.host):
+        listener = socket.create_server((mail_host, 993))
+    with listener, socket.create_connection((mail_host, 993), 5) as client, listener.accept()[0] as server:
+        assert client.getsockname()[0] == source
+        try:
+            assert fleet.call(mx1, "mailfw.block", source)["sessions_ended"] == 1
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+            with pytest.raises(ConnectionAbortedError):
+                server.recv(1)
+        finally:
+            assert fleet.call(mx1, "mailfw.unblock", source)["was_blocked"]
+
+
+def test_status_of_a_host_in_order(fleet: Fleet) -> None:
+    for status in both(fleet, "mailfw.status"):
+        assert status["enforcing"] is True
+        assert status["rules"] == "loaded"
+        assert status["services"]["imaps"] == "993: autoban, limited"
+        assert re.fullmatch(r"\d+ of 2000000", status["sets"]["trusted_ipv4"])
+        assert status["decisions"]["over_rate"] == 0
+        assert status["warnings"] == []
+
+
+def test_status_says_what_is_wrong(fleet: Fleet, mx1: MailHost) -> None:
+    # Salt's own connections go on: the host is to answer.
+    rules = "ct state established accept; tcp sport { 4505, 4506 } accept; iif lo accept;"
+    mx1.host.nft(
+        f"add table inet other {{ chain input {{ type filter hook input priority 0; policy drop; {rules} }}; }}"
+    )
+    mx1.agent.stop()  # It would repair this.
+    mx1.host.nft("flush", "chain", "inet", "mailfw", "guarded")
+    with network_of(mx1.host):
+        listener = socket.create_server(("0.0.0.0", 993))
+    try:
+        status = fleet.call(mx1, "mailfw.status")
+    finally:
+        listener.close()
+        mx1.host.nft("delete", "table", "inet", "other")
+        fleet.call(mx1, "mailfw.apply")
+        mx1.agent.start()
+    assert status["rules"] == "differ: see mailfw.drift"
+    assert len(status["warnings"]) == 1
+    assert "table inet other, chain input" in status["warnings"][0]
+    assert fleet.call(mx1, "mailfw.status")["rules"] == "loaded"
 
 
 def test_a_block_of_an_ipv6_address_takes_its_prefix_and_ends(fleet: Fleet, mx1: MailHost) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from mailfwlib import elements, nft, parse, rules, ruleset, settings
+from mailfwlib import elements, nft, parse, rules, ruleset, settings, snapshot
 from support.net import REPOSITORY, Host
 
 _templates = jinja2.Environment(
@@ -46,8 +46,10 @@ class Firewall:
         return self._host.call(ruleset.apply, script)
 
     def unload(self) -> None:
-        """Remove every table."""
+        """Remove every table, and what is known of them."""
         self.run("flush ruleset")
+        for path in (ruleset.LOADED, snapshot.PATH):
+            self._host.call(path.unlink, missing_ok=True)
 
     def run(self, script: str) -> None:
         """Run an nft script."""

@@ -6,7 +6,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,74 @@ def changed(results: dict[str, dict[str, Any]]) -> list[str]:
 def set_pillar(environment: str, **mailfw: Any) -> None:
     """Write an environment's mailfw pillar, as an operator would edit it. The fleet's key is in a file of its own."""
     run("master", "tee", f"/srv/pillar/{environment}/mailfw.sls", text=json.dumps({"mailfw": mailfw}, indent=1))
+
+
+#: Empties the sets that rules and logins fill, then has the agent forget the addresses that it is given.
+FORGET = """
+for set in $(nft -t list sets | awk '/^\\tset (trusted|banned|rate|waiting)_/ && !/networks/ { print $2 }'); do
+  nft flush set inet mailfw $set
+done
+exec python3 -c '
+import sys
+sys.path.insert(0, "/usr/lib/mailfw")
+from mailfwlib import client
+for address in sys.argv[1:]:
+    client.ask("forget", address)
+' "$@"
+"""
+#: How the agent knows the lab's clients.
+CLIENTS = ("198.51.100.10", "2001:db8:0:2::", "203.0.113.10", "2001:db8:0:3::")
+
+
+def forget(*hosts: str) -> None:
+    """Have hosts forget who has logged in, who was counted, and who is banned."""
+    for host in hosts:
+        run(host, "sh", "-c", FORGET, "sh", *CLIENTS)
+
+
+SLOW_PAM = """
+auth required pam_exec.so quiet /bin/sleep {seconds}
+auth required pam_deny.so
+"""
+#: Dovecot asks the lab's own passdb next, which comes after this one. Version -> its configuration. The limits are so
+#: high since Dovecot throws out logins that are under way when it has no process left for a new connection.
+SLOW_PASSDB = {
+    "2.3": """
+auth_worker_max_count = 200
+service imap-login {
+  process_limit = 500
+}
+passdb {
+  driver = pam
+  args = lab-slow
+}
+""",
+    "2.4": """
+service auth-worker {
+  process_limit = 200
+}
+service imap-login {
+  process_limit = 500
+}
+passdb pam {
+  service_name = lab-slow
+}
+""",
+}
+
+
+@contextmanager
+def slow_logins(host: str, seconds: float) -> Iterator[None]:
+    """Have a host's Dovecot take its time over each password: PAM, which is asked first, waits and knows nobody."""
+    path, version = "/etc/dovecot/conf.d/94-lab-slow.conf", run(host, "dovecot", "--version")[:3]
+    run(host, "tee", "/etc/pam.d/lab-slow", text=SLOW_PAM.format(seconds=seconds))
+    run(host, "tee", path, text=SLOW_PASSDB[version])
+    try:
+        run(host, "doveadm", "reload")
+        yield
+    finally:
+        run(host, "rm", path)
+        run(host, "doveadm", "reload")
 
 
 def trusted(host: str) -> dict[str, dict[str, str]]:

@@ -14,11 +14,19 @@ import socket
 import ssl
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from email.message import EmailMessage
 from typing import Any
 
 IMPLICIT_TLS = {465, 993, 995}
+#: What a client says to begin TLS, and how the last line of each answer begins: port -> pairs.
+STARTTLS = {
+    143: [(b"a STARTTLS", b"a OK")],
+    110: [(b"STLS", b"+OK")],
+    4190: [(b"STARTTLS", b"OK")],
+    587: [(b"EHLO lab.test", b"250 "), (b"STARTTLS", b"220 ")],
+}
 PASSWORD = "secret"
 
 
@@ -145,10 +153,47 @@ def send(address: str, subject: str, port: int = 587, source: str | None = None)
     else:
         client = smtplib.SMTP(address, port, timeout=10, source_address=local)
         client.starttls(context=tls())
+    connected = time.time()
     with client:
         client.login("alice", PASSWORD)
         refused = client.send_message(message)
-    return {"seconds": time.time() - start, "refused": refused}
+    return {"connected": connected - start, "seconds": time.time() - start, "refused": refused}
+
+
+def send_beside_login(
+    login: dict[str, Any], send: dict[str, Any], source: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """Log in over IMAP and send a message at the same time, each in one try of its own that begins ``after`` seconds.
+
+    Say when each began, in seconds, when the login was answered, and what came of the message.
+    """
+    start = time.time()
+
+    def one(do: Callable[..., Any], after: float, **arguments: Any) -> dict[str, Any]:
+        time.sleep(max(0.0, start + after - time.time()))
+        began = time.time() - start
+        return {"began": began, **do(source=source, **arguments)}
+
+    with ThreadPoolExecutor(2) as pool:
+        sending = pool.submit(one, globals()["send"], **send)
+        answered = one(globals()["login"], **login)
+        return {"login": {**answered, "at": answered["at"] - start}, "sent": sending.result()}
+
+
+def knock(targets: list[list[Any]], patience: float, source: str | None = None) -> list[dict[str, Any]]:
+    """Connect once to each [address, port], all at once; say how each attempt ended, and after how many seconds."""
+
+    def one(target: list[Any]) -> dict[str, Any]:
+        start = time.time()
+        try:
+            socket.create_connection(tuple(target), patience, (source, 0) if source else None).close()
+            end = "open"
+        except OSError as err:
+            end = type(err).__name__
+        return {"end": end, "seconds": time.time() - start}
+
+    with ThreadPoolExecutor(len(targets)) as pool:
+        return list(pool.map(one, targets))
 
 
 def arrived(address: str, subject: str, source: str | None = None, limit: float = 10) -> bool:
@@ -178,7 +223,7 @@ def hold_session(address: str, source: str | None = None) -> bool:
     return answers
 
 
-def guess(address: str, tries: int, source: str | None = None) -> dict[str, int]:
+def guess(address: str, tries: int, source: str | None = None, at_once: int = 8) -> dict[str, int]:
     """Guess passwords over IMAP on parallel connections; count those that the server answered, and the others."""
 
     def one(number: int) -> str:
@@ -189,9 +234,126 @@ def guess(address: str, tries: int, source: str | None = None) -> dict[str, int]
         except OSError:
             return "refused"
 
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(at_once) as pool:
         outcomes = list(pool.map(one, range(tries)))
     return {outcome: outcomes.count(outcome) for outcome in ("served", "refused")}
+
+
+class Restless:
+    """One connection of a mail client that wants to be logged in over IMAP, and tries again until it is."""
+
+    def __init__(self, address: str, source: str | None, patience: float, limit: float):
+        self._target, self._patience, self._limit = (address, 143, source, patience), patience, limit
+        #: Each try: when it began and ended, and how it ended: up, refused, silent, or broken after the greeting.
+        self.tries: list[dict[str, Any]] = []
+        self._session: socket.socket | None = None
+
+    def connect(self) -> None:
+        """Try until the session is up, once a second or so."""
+        end = time.time() + self._limit
+        while not self._session and time.time() < end:
+            one: dict[str, Any] = {"began": time.time()}
+            self.tries.append(one)
+            one["outcome"] = self._try(one)
+            one["ended"] = time.time()
+            if not self._session:
+                time.sleep(max(0.1, one["began"] + 1 - time.time()))
+
+    def _try(self, one: dict[str, Any]) -> str:
+        try:
+            connection = greet(*self._target)
+        except TimeoutError:
+            return "silent"
+        except OSError:
+            return "refused"
+        one["greeted"] = time.time()
+        if not self._command(connection, f"LOGIN alice {PASSWORD}"):
+            connection.close()
+            return "broken"
+        self._session = connection
+        return "up"
+
+    @staticmethod
+    def _command(connection: socket.socket, command: str) -> bool:
+        connection.settimeout(30)
+        try:
+            connection.send(f"a {command}\r\n".encode())
+            with connection.makefile("rb") as lines:
+                answer = next((line for line in lines if line.startswith(b"a ")), b"")
+        except OSError:
+            return False
+        return answer.startswith(b"a OK")
+
+    def works(self) -> bool:
+        """Say whether the session still answers; end it."""
+        if not self._session:
+            return False
+        with self._session:
+            return self._command(self._session, "NOOP")
+
+
+def crowd(
+    address: str, connections: int, patience: float, limit: float, source: str | None = None
+) -> list[dict[str, Any]]:
+    """Have many mail clients behind one address connect at once; each holds its session until all are up.
+
+    Say for each connection what its tries were, and whether its session worked in the end.
+    """
+    members = [Restless(address, source, patience, limit) for _ in range(connections)]
+    with ThreadPoolExecutor(connections) as pool:
+        list(pool.map(Restless.connect, members))
+    return [{"tries": one.tries, "works": one.works()} for one in members]
+
+
+def discover(address: str, patience: float = 10.0) -> list[str]:
+    """Look at every login service twice at once, as a mail client that finds out its settings: plain, and with TLS.
+
+    Say for each connection whether it was served.
+    """
+    probes = [(port, encrypt) for port in sorted(STARTTLS.keys() | IMPLICIT_TLS) for encrypt in (False, True)]
+
+    def one(probe: tuple[int, bool]) -> str:
+        port, encrypt = probe
+        try:
+            with greet(address, port, None, patience) as connection:
+                if encrypt and port in STARTTLS:
+                    start_tls(connection, port)
+        except OSError as err:
+            return f"{port}: {type(err).__name__}: {err}"
+        return "served"
+
+    with ThreadPoolExecutor(len(probes)) as pool:
+        return list(pool.map(one, probes))
+
+
+def start_tls(connection: socket.socket, port: int) -> None:
+    """Begin TLS on a connection that was greeted, and end it."""
+    for command, answer in STARTTLS[port]:
+        connection.send(command + b"\r\n")
+        received = b""
+        while not received.endswith(b"\n") or not received.splitlines()[-1].startswith(answer):
+            part = connection.recv(4096)
+            if not part:
+                raise ConnectionError(f"{command!r}: {received!r}")
+            received += part
+    tls().wrap_socket(connection).close()
+
+
+def answered_late(address: str, connections: int, source: str | None = None) -> list[str]:
+    """Connect many times to imaps, log in, and only then begin TLS on those connections; say which are served."""
+    local = (source, 0) if source else None
+    waiting = [socket.create_connection((address, 993), 10, local) for _ in range(connections)]
+    login(address, source)
+
+    def one(connection: socket.socket) -> str:
+        try:
+            with tls().wrap_socket(connection) as session:
+                return "served" if session.recv(512) else "closed"
+        except OSError as err:
+            return type(err).__name__
+
+    with ThreadPoolExecutor(connections) as pool:
+        return list(pool.map(one, waiting))
 
 
 if __name__ == "__main__":

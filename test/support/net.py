@@ -83,7 +83,7 @@ class Namespace:
 
 
 class Host(Namespace):
-    """The mail host. It has its own /run, /etc/mailfw and /usr/lib/mailfw too, so that the product runs as it is.
+    """The mail host. It has its own /run and mailfw's own directories too, so that the product runs as it is.
 
     ``directory`` is where /etc/mailfw is to be found from outside.
     """
@@ -99,10 +99,11 @@ class Host(Namespace):
     @staticmethod
     def _make_mounts(directory: Path) -> int:
         """Make a mount namespace; return its file descriptor, with which it ends."""
-        for name in ("settings", "etc/mailfw", "lib/mailfw"):
+        for name in ("settings", "etc/mailfw", "etc/nftables.d", "rules", "lib/mailfw", "state", "var/mailfw"):
             (directory / name).mkdir(parents=True)
         (directory / "lib/mailfw/mailfwlib").symlink_to(REPOSITORY / "_utils/mailfwlib")
-        for name in ("agent/files/mailfw-agent", "dovecot/files/login_hook.py"):
+        tools = ("ruleset/files/mailfw-rules", "ruleset/files/mailfw-open")
+        for name in ("agent/files/mailfw-agent", "dovecot/files/login_hook.py", *tools):
             copied = shutil.copy(REPOSITORY / "mailfw" / name, directory / "lib/mailfw")
             os.chmod(copied, 0o755)
         _system_call("unshare", CLONE_NEWNS)
@@ -111,7 +112,10 @@ class Host(Namespace):
             "mount -t tmpfs tmpfs /run",
             f"mount -t overlay -o lowerdir={directory}/etc:/etc overlay /etc",
             f"mount --bind {directory}/settings /etc/mailfw",
+            f"mount --bind {directory}/rules /etc/nftables.d",
             f"mount -t overlay -o lowerdir={directory}/lib:/usr/lib overlay /usr/lib",
+            f"mount -t overlay -o lowerdir={directory}/var:/var/lib overlay /var/lib",
+            f"mount --bind {directory}/state /var/lib/mailfw",
         )
         for mount in mounts:
             subprocess.run(mount.split(), check=True)

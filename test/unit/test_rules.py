@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mailfwlib import parse, rules, settings
-from unit.rendering import Rules
+from unit.rendering import ROLES, Rules, pillars
 
 MODES = settings.MODES
 SERVICES = settings.SERVICES
@@ -25,7 +25,6 @@ ACCESS = {
 }
 #: How a chain ends that gives this access.
 END = {"open": "accept", "limited": "goto opening", "trusted only": "goto untrusted"}
-ROLES = [["postfix", "dovecot"], ["postfix"], ["dovecot"], []]
 OVERRIDES = [{}, {"sieve": "private"}, {"submission": "public", "imap": "protected", "imaps": "autoban"}]
 
 
@@ -125,7 +124,32 @@ def test_only_known_ports_are_mentioned(mode, root):
     rendered = Rules(of_mode(mode), root)
     named = {int(port) for port in re.findall(r"\b(\d+) :", rendered.text)}
     assert named == {25, 587, 465, 143, 993, 110, 995, 4190}
-    assert not re.findall(r"(?:dport|sport) (?!vmap @|@)\S", rendered.text.replace("tcp dport limit", ""))
+    assert re.findall(r"[ds]port vmap @(\w+)", rendered.text) == ["services", "counting"]
+    assert not re.findall(r"[ds]port (?:[=!<>]+ *)?[\d{]", rendered.text)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", settings.LOGIN_SERVICES)
+def test_changed_service_is_changed_in_every_map(name, mode, root):
+    before = Rules(of_mode(mode), root)
+    port = SERVICES[name].port
+    for change, new_port in ((False, None), ({"port": 2587}, 2587)):
+        changed = settings.resolve({"protection": {"type": mode}, "services": {name: change}})
+        rendered = Rules(changed, root)
+        for kind in ("services", "counting"):
+            wanted = before.verdicts(kind)
+            verdict = wanted.pop(port, None)
+            if new_port and verdict:
+                wanted[new_port] = verdict
+            assert rendered.verdicts(kind) == wanted
+
+
+def test_role_whose_services_are_all_switched_off_has_an_empty_file(root):
+    found = settings.resolve({"services": {"submission": False, "submissions": False}})
+    assert rules.files(found)["postfix.nft"] == []
+    rendered = Rules(found, root)
+    assert rendered.files["postfix.nft"].strip() == ""
+    assert set(rendered.verdicts("services")) == {25, 143, 993, 110, 995, 4190}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -135,48 +159,13 @@ def test_port_25_is_never_guarded(mode, root):
     assert 25 not in rendered.verdicts("counting")
 
 
-#: Settings that change what the rules say.
-pillars = st.fixed_dictionaries(
-    {
-        "protection": st.fixed_dictionaries(
-            {
-                "type": st.sampled_from(MODES),
-                "services": st.dictionaries(st.sampled_from(settings.LOGIN_SERVICES), st.sampled_from(MODES)),
-            }
-        ),
-        "roles": st.sampled_from(ROLES),
-        "enforce": st.booleans(),
-        "autoban": st.fixed_dictionaries(
-            {
-                "ipv6_prefix": st.sampled_from([56, 64, 128]),
-                "networks": st.sampled_from([False, {}, {"rate": "5/hour", "ipv4_prefix": 20, "ipv6_prefix": 44}]),
-            }
-        ),
-        "trusted": st.fixed_dictionaries(
-            {
-                "ipv6_prefix": st.sampled_from([64, 128]),
-                "networks_ipv4": st.sampled_from([[], ["192.0.2.0/24"]]),
-                "networks_ipv6": st.sampled_from([[], ["2001:db8::/48", "2001:db8:2::/48"]]),
-            }
-        ),
-        "reaction": st.fixed_dictionaries(
-            {
-                "banned": st.sampled_from(["drop", "reject"]),
-                "blocked": st.sampled_from(["drop", "reject"]),
-                "untrusted": st.sampled_from(["hold", "reject", "drop"]),
-            }
-        ),
-    }
-)
-
-
 @given(pillar=pillars)
 def test_rendered_rules_name_nothing_that_is_not_there(root, pillar):
     rendered = Rules(settings.resolve(pillar), root)
     assert rendered.text.count("{") == rendered.text.count("}")
     assert set(re.findall(r"(?:goto|jump) (\w+)", rendered.text)) <= rendered.objects["chain"].keys()
     assert set(re.findall(r"counter name (\w+)", rendered.text)) <= rendered.counters
-    used = set(re.findall(r"@(\w+)", rendered.text))
+    used = set(re.findall(r"@(\w+)\b(?!,\d)", rendered.text))  # "@ih,0,8" is a place in a packet
     assert used <= rendered.objects["set"].keys() | rendered.objects["map"].keys()
     assert "None" not in rendered.text
     assert "False" not in rendered.text
@@ -185,18 +174,91 @@ def test_rendered_rules_name_nothing_that_is_not_there(root, pillar):
 @given(pillar=pillars)
 def test_nothing_is_refused_when_not_enforced(root, pillar):
     text = Rules(settings.resolve({**pillar, "enforce": False}), root).text
-    assert not re.findall(r"\b(drop|reject)\b", re.sub("#.*", "", text))
+    text = re.sub("#.*", "", text)
+    assert not re.findall(r"\b(drop|reject)\b", text)
+    assert "flags set" not in text, "packets become resets"
+    assert not re.findall(r'"mailfw (?!would |full )', text)
 
 
 @given(pillar=pillars)
 def test_everything_that_is_not_open_can_refuse(root, pillar):
     found = settings.resolve({**pillar, "enforce": True})
     rendered = Rules(found, root)
-    for chain in ("blocked", "banned", "untrusted", "opening"):
+    for chain in ("blocked", "banned", "refused", "opening"):
         assert re.search(r"\b(drop|reject with tcp reset)$", rendered.statements(chain)[-1])
+    assert rendered.statements("untrusted")[-1] in ("counter name held drop", "goto refused")
     for chain in rendered.objects["chain"]:
         if chain.endswith(("_ban", "_ban_network")):
+            assert rendered.statements(chain)[-1] == f"goto {chain.rpartition('_ban')[0]}_refuse"
+        if chain.endswith("_refuse"):
             assert rendered.statements(chain)[-1].endswith("reject with tcp reset")
+        if chain.endswith("_crowded"):
+            assert rendered.statements(chain)[-2].endswith("reject with tcp reset")
+    assert "would" not in re.sub("#.*", "", rendered.text)
+    assert "@observed" not in rendered.text
+
+
+@given(pillar=pillars)
+def test_rules_log_nothing_or_at_a_limited_rate(root, pillar):
+    found = settings.resolve(pillar)
+    logged = re.findall(r"^\t\t(.*)\blog\b(.*)$", re.sub("#.*", "", Rules(found, root).text), re.M)
+    if not found["log"]:
+        assert not logged
+        return
+    limit = f"limit rate {parse.rate_text(found['log']['rate'])} burst 5 packets "
+    group = found["log"]["group"]
+    end = "level info" if group is None else f"group {group}"
+    assert logged
+    for before, after in logged:
+        assert before.endswith(limit)
+        assert re.fullmatch(rf' prefix "mailfw [a-z_ ]+: " {end}', after)
+
+
+@given(pillar=pillars)
+def test_only_the_bit_of_the_pillar_is_touched(root, pillar):
+    """Other rules may use the other bits of a connection's mark, so it is never set as a whole."""
+    found = settings.resolve(pillar)
+    bit = f"{found['mark']:#010x}"
+    text = re.sub("#.*", "", Rules(found, root).text)
+    assert set(re.findall(r"ct mark set (\S+ \S+ \S+ \S+)", text)) <= {
+        f"ct mark | {bit}",
+        f"ct mark & {found['mark'] ^ 0xFFFFFFFF:#010x}",
+    }
+    assert set(re.findall(r"(?<!set )ct mark (?!set)(\S+ \S+)", text)) == {f"& {bit}"}
+    assert int(f"{found['mark'] ^ 0xFFFFFFFF:#010x}", 16) + found["mark"] == 0xFFFFFFFF
+
+
+@given(pillar=pillars)
+def test_sets_have_the_sizes_of_the_pillar(root, pillar):
+    found = settings.resolve(pillar)
+    for name, body in Rules(found, root).objects["set"].items():
+        size = re.search(r"^\t\tsize (\d+)$", body, re.M)
+        if "flags interval" in body:
+            assert size is None
+        elif name.startswith("older_"):
+            assert size[1] == str(rules.OLDER)
+        elif name == "break_glass":
+            assert size[1] == "1"
+        else:
+            assert size[1] == str(found["sizes"][rules.size_key(name)])
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("trusted_ipv4", "trusted"),
+        ("blocked_ipv6", "blocked"),
+        ("banned_dovecot_ipv4", "banned"),
+        ("banned_networks_postfix_ipv6", "banned"),
+        ("rate_dovecot_ipv4", "rates"),
+        ("network_rate_postfix_ipv6", "rates"),
+        ("waiting_ipv4", "waiting"),
+        ("observed_ipv6", "observed"),
+    ],
+)
+def test_size_key(name, key):
+    assert rules.size_key(name) == key
+    assert key in settings.SCHEMA["sizes"]
 
 
 @pytest.mark.parametrize(
@@ -207,8 +269,11 @@ def test_everything_that_is_not_open_can_refuse(root, pillar):
         ({"blocked": "drop"}, "blocked", "counter name blocked drop"),
         ({"blocked": "reject"}, "blocked", "counter name blocked reject with tcp reset"),
         ({"untrusted": "hold"}, "untrusted", "counter name held drop"),
-        ({"untrusted": "drop"}, "untrusted", "counter name untrusted drop"),
-        ({"untrusted": "reject"}, "untrusted", "counter name untrusted reject with tcp reset"),
+        ({"untrusted": "hold"}, "refused", "counter name untrusted reject with tcp reset"),
+        ({"untrusted": "drop"}, "untrusted", "goto refused"),
+        ({"untrusted": "drop"}, "refused", "counter name untrusted drop"),
+        ({"untrusted": "reject"}, "untrusted", "goto refused"),
+        ({"untrusted": "reject"}, "refused", "counter name untrusted reject with tcp reset"),
     ],
 )
 def test_reactions(reaction, chain, end, root):
@@ -244,16 +309,139 @@ def test_rendered_rules_carry_the_numbers_of_the_pillar(root):
 
 
 def test_guarded_is_in_the_order_of_who_wins(root):
-    """Trusted networks, then blocks, then what is open already, then earned trust; each for both families."""
+    """Trusted networks, then blocks, then earned trust; each for both families."""
     families = [("ip saddr", "ipv4"), ("ip6 saddr", "ipv6")]
     pillar = {"trusted": {"ipv6_prefix": 128}, "autoban": {"ipv6_prefix": 128}}
     assert Rules(settings.resolve(pillar), root).statements("guarded") == [
         *(f"{saddr} @trusted_networks_{family} counter name trusted_network accept" for saddr, family in families),
-        *(f"{saddr} @blocked_networks_{family} goto blocked" for saddr, family in families),
-        *(f"{saddr} @blocked_{family} goto blocked" for saddr, family in families),
-        "ct state established tcp flags & (fin | syn | rst | ack) != syn accept",
+        *(
+            f"{saddr} @{name}_{family} goto blocked"
+            for saddr, family in families
+            for name in ("blocked_networks", "blocked")
+        ),
         *(f"{saddr} . tcp dport @trusted_{family} counter name trusted accept" for saddr, family in families),
     ]
+
+
+@pytest.mark.parametrize("blocked", [[], ["ipv4"], ["ipv6"], ["ipv4", "ipv6"]])
+def test_open_connections_pass_unless_their_source_is_blocked(root, blocked):
+    networks = {"ipv4": "192.0.2.0/24", "ipv6": "2001:db8::/48"}
+    lists = {f"networks_{family}": [networks[family]] for family in blocked}
+    rendered = Rules(settings.resolve({"blocked": lists, "autoban": {"ipv6_prefix": 128}}), root)
+    wanted = []
+    for family, saddr in (("ipv4", "ip saddr"), ("ipv6", "ip6 saddr")):
+        wanted.append(f"{saddr} @blocked_{family} return")
+        wanted += [f"{saddr} @blocked_networks_{family} return"] * (family in blocked)
+    statements = rendered.statements("open")
+    assert statements[: len(wanted)] == wanted
+    assert all(line.endswith(" return") for line in statements[:-1]), "nobody is refused here"
+    assert statements[-1] == "accept"
+
+
+def test_hooks_are_in_order(root):
+    """Open connections first, since most packets are theirs; the host itself and break-glass before any port."""
+    rendered = Rules(settings.resolve({"mark": 4}), root)
+    assert rendered.statements("input") == [
+        "type filter hook input priority filter - 10; policy accept;",
+        "ct state established tcp flags & (fin | syn | rst | ack) != syn jump open",
+        'iif "lo" accept',
+        "meta l4proto @break_glass counter name break_glass accept",
+        "tcp dport vmap @services",
+    ]
+    assert rendered.statements("output") == [
+        "type filter hook output priority filter - 10; policy accept;",
+        "ct state established ct mark & 0x00000004 == 0 tcp flags & syn == 0 accept",
+        'oif "lo" accept',
+        "meta l4proto @break_glass accept",
+        "tcp sport vmap @counting",
+    ]
+
+
+def test_bans_are_between_guarded_and_opening(root):
+    found = settings.resolve({"autoban": {"networks": {}, "ipv6_prefix": 128}})
+    for role in settings.ROLES:
+        assert Rules(found, root).statements(f"{role}_autoban") == [
+            "jump guarded",
+            f"ip saddr @banned_{role}_ipv4 goto banned",
+            f"ip saddr & 255.255.255.0 @banned_networks_{role}_ipv4 goto banned",
+            f"ip6 saddr @banned_{role}_ipv6 goto banned",
+            f"ip6 saddr & ffff:ffff:ffff:: @banned_networks_{role}_ipv6 goto banned",
+            "goto opening",
+        ]
+
+
+def test_mark_is_cleared_after_the_meter_and_only_there(root):
+    rendered = Rules(settings.resolve({"autoban": {"networks": {}}}), root)
+    clear = "ct mark set ct mark & 0xfeffffff accept"
+    assert rendered.statements("uncounted") == [clear]
+    for role in settings.ROLES:
+        chain = rendered.statements(f"{role}_autoban_count")
+        assert chain[0] == "jump answering"
+        assert chain[-1] == clear
+        assert all(line.startswith(("update @", "ip daddr", "ip6 daddr")) for line in chain[1:-1])
+    clearing = [name for name in rendered.objects["chain"] if clear in rendered.statements(name)]
+    assert clearing == ["uncounted", "postfix_autoban_count", "dovecot_autoban_count"]
+
+
+def test_who_is_not_counted(root):
+    """Earned trust, trusted networks and exempt ones, in both families."""
+    rendered = Rules(settings.resolve({"trusted": {"ipv6_prefix": 128}}), root)
+    (chain,) = (name for name in rendered.objects["chain"] if "counter name counted" in rendered.statements(name))
+    statements = rendered.statements(chain)
+    families = [("ip daddr", "ipv4"), ("ip6 daddr", "ipv6")]
+    assert sorted(line for line in statements if line.endswith("goto uncounted")) == sorted(
+        line
+        for daddr, family in families
+        for line in (
+            f"{daddr} . tcp sport @trusted_{family} goto uncounted",
+            f"{daddr} @trusted_networks_{family} goto uncounted",
+            f"{daddr} @exempt_networks_{family} counter name exempted goto uncounted",
+        )
+    )
+    assert statements[-1] == "counter name counted"
+
+
+@pytest.mark.parametrize(
+    ("rate", "burst", "common"),
+    [("10/minute", 20, "100/minute burst 200"), ("100000/day", 10_000, "1000000/day burst 100000")],
+)
+def test_sources_that_do_not_fit_share_the_rate_of_ten(root, rate, burst, common):
+    rendered = Rules(settings.resolve({"autoban": {"rate": rate, "burst": burst}}), root)
+    assert rendered.statements("dovecot_autoban_crowded")[-2:] == [
+        f"limit rate over {common} packets counter name over_common_rate reject with tcp reset",
+        "goto uncounted",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("log", "enforce", "ban", "refuse"),
+    [
+        ({}, True, "ban dovecot", "refuse banned"),
+        ({}, False, "would ban dovecot", "would refuse banned"),
+        ({"rate": "2/hour", "group": 0}, True, "ban dovecot", "refuse banned"),
+    ],
+)
+def test_log_statements(root, log, enforce, ban, refuse):
+    found = settings.resolve({"log": log, "enforce": enforce})
+    rendered = Rules(found, root)
+    rate = log.get("rate", "10/minute")
+    target = "group 0" if "group" in log else "level info"
+    for chain, prefix in (("dovecot_autoban_ban", ban), ("banned", refuse)):
+        lines = [line for line in rendered.statements(chain) if " log " in line]
+        assert lines
+        assert all(
+            line.endswith(f'limit rate {rate} burst 5 packets log prefix "mailfw {prefix}: " {target}')
+            for line in lines
+        )
+
+
+@given(pillar=pillars)
+def test_log_prefixes_fit(root, pillar):
+    """The kernel takes up to 127 characters (nf_log.h, NF_LOG_PREFIXLEN)."""
+    found = Rules(settings.resolve({**pillar, "log": {}}), root)
+    prefixes = re.findall(r'log prefix "([^"]*)"', found.text)
+    assert prefixes
+    assert all(prefix.startswith("mailfw ") and prefix.endswith(": ") and len(prefix) < 60 for prefix in prefixes)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
+import contextlib
 import fcntl
+import os
 import re
+import time
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mailfwlib import parse, ruleset, settings
+from mailfwlib import nft, parse, rules, ruleset, settings, snapshot, sockets
 from unit.rendering import Rules
 
 #: What `nft -s list table inet mailfw` prints, one object or two of each kind, without the spaces that align elements.
@@ -124,35 +128,42 @@ def test_equal_rulesets_do_not_differ():
 def test_difference_is_a_diff():
     new = changed(network=("10.0.0.0/8, ", ""), rule=("\t\tjump guarded\n", ""))
     diff = ruleset.difference(OLD, new).splitlines()
-    assert diff[:2] == ["--- loaded", "+++ wanted"]
-    assert [line for line in diff[2:] if line[0] in "+-"] == [
+    assert [line for line in diff if line[0] in "+-"] == [
+        "--- loaded set trusted_networks_ipv4",
+        "+++ wanted set trusted_networks_ipv4",
         "-\t\telements = { 10.0.0.0/8, 192.0.2.0/24 }",
         "+\t\telements = { 192.0.2.0/24 }",
+        "--- loaded chain dovecot_autoban",
+        "+++ wanted chain dovecot_autoban",
         "-\t\tjump guarded",
     ]
+    assert ruleset.altered("\n".join(diff)) == ["set trusted_networks_ipv4", "chain dovecot_autoban"]
+
+
+def changes(diff):
+    """Return the lines of a diff that are on one side only."""
+    return [line for line in diff.splitlines() if line[0] in "+-" and not line.startswith(("---", "+++"))]
 
 
 def test_difference_of_what_is_only_on_one_side():
     new = dict(OLD)
     gone = new.pop(("chain", "dovecot_autoban")).splitlines()
-    assert [line for line in ruleset.difference(OLD, new).splitlines()[2:] if line[0] in "+-"] == [
-        f"-{line}" for line in gone
-    ]
-    assert [line for line in ruleset.difference(new, OLD).splitlines()[2:] if line[0] in "+-"] == [
-        f"+{line}" for line in gone
-    ]
-    first = [line for line in ruleset.difference({}, OLD).splitlines()[2:] if line[0] in "+-"]
-    assert first == ["+" + line for text in OLD.values() for line in text.splitlines()]
+    assert changes(ruleset.difference(OLD, new)) == [f"-{line}" for line in gone]
+    assert changes(ruleset.difference(new, OLD)) == [f"+{line}" for line in gone]
+    first = ruleset.difference({}, OLD)
+    assert changes(first) == ["+" + line for text in OLD.values() for line in text.splitlines()]
+    assert ruleset.altered(first) == [" ".join(key) for key in OLD]
 
 
 @given(st.sets(st.sampled_from(list(OLD))), st.sets(st.sampled_from(list(OLD))))
 def test_difference_is_empty_only_for_equal_rulesets(old, new):
     diff = ruleset.difference({key: OLD[key] for key in old}, {key: OLD[key] for key in new})
     assert (diff == "") == (old == new)
+    assert set(ruleset.altered(diff)) == {" ".join(key) for key in old ^ new}
 
 
-def test_first_load_is_the_files_alone():
-    assert ruleset.transaction({}, OLD, "SCRIPT", "") == "SCRIPT"
+def test_first_load_is_the_files_and_what_is_carried():
+    assert ruleset.transaction({}, OLD, "SCRIPT", "CARRIED") == "SCRIPT\nCARRIED"
 
 
 def test_transaction_empties_what_the_files_fill():
@@ -227,14 +238,126 @@ def test_sets_of_elements_worth_keeping_are_carried_over():
     assert ruleset.remade({}, OLD) == []
 
 
+def test_sizes_are_those_of_sets_that_rules_and_logins_add_to():
+    assert ruleset.sizes(OLD) == {"trusted_ipv4": 2_000_000, "rate_dovecot_ipv4": 65536}
+    assert ruleset.sizes({}) == {}
+
+
+def test_sizes_have_a_key_in_the_pillar(root):
+    """What shows in the status can be changed."""
+    sets = Rules(settings.resolve({"enforce": False, "autoban": {"networks": {}}}), root).objects["set"]
+    found = ruleset.sizes({("set", name): f"\tset {name} {{\n{body}\t}}" for name, body in sets.items()})
+    assert {rules.size_key(name) for name in found} == set(settings.SCHEMA["sizes"])
+    assert sets.keys() - found.keys() == {
+        "break_glass",
+        *(f"{kind}_{family}" for kind in ("older", *NETWORKS) for family in settings.FAMILIES),
+    }
+
+
+NETWORKS = ("trusted_networks", "blocked_networks", "exempt_networks")
+
+
+def test_elements_are_restored_to_the_sets_that_there_are(monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1000)
+    kept = {
+        "trusted_ipv4": [
+            snapshot.Element("192.0.2.1 . 143", 86400, 5000),
+            snapshot.Element("192.0.2.2 . 143", None, 1000 + 6 * 3600),
+            snapshot.Element("192.0.2.3 . 143", 60, 999),
+        ],
+        "banned_dovecot_ipv4": [snapshot.Element("192.0.2.4", None, 5000)],
+        "rate_dovecot_ipv4": [snapshot.Element("192.0.2.5", None, 5000)],
+    }
+    assert ruleset.restored(kept, OLD) == (
+        "add element inet mailfw trusted_ipv4 "
+        "{ 192.0.2.1 . 143 timeout 86400s expires 4000s, 192.0.2.2 . 143 timeout 18000s expires 18000s }\n"
+    )
+    assert ruleset.restored(kept, {}) == ""
+
+
+@pytest.fixture
+def open_connections(monkeypatch):
+    """Return a function that says which connections the host has open; ports that were asked for are in ``asked``."""
+
+    def set_connections(found):
+        asked = []
+
+        def connections(ports):
+            asked.append(list(ports))
+            if isinstance(found, Exception):
+                raise found
+            return [(parse.address(address), client_port, port) for address, client_port, port in found]
+
+        monkeypatch.setattr(sockets, "connections", connections)
+        return asked
+
+    return set_connections
+
+
+COUNTING = {("map", "counting"): "\tmap counting {\n\t\telements = { 143 : goto a_count, 2587 : goto b_count }\n\t}"}
+
+
+def test_open_connections_to_counted_ports_are_remembered(open_connections):
+    asked = open_connections(
+        [("192.0.2.1", 40000, 143), ("2001:db8::1", 40001, 2587), ("192.0.2.1", 2, 2587), ("192.0.2.9", 1, 143)]
+    )
+    assert ruleset.older(COUNTING) == (
+        "add element inet mailfw older_ipv4 { 192.0.2.1 . 40000 . 143, 192.0.2.1 . 2 . 2587, 192.0.2.9 . 1 . 143 }\n"
+        "add element inet mailfw older_ipv6 { 2001:db8::1 . 40001 . 2587 }\n"
+    )
+    assert asked == [[143, 2587]]
+
+
+def test_nothing_is_remembered_when_nothing_is_counted(open_connections):
+    asked = open_connections([("192.0.2.1", 40000, 143)])
+    assert ruleset.older({("map", "counting"): "\tmap counting {\n\t\ttype inet_service : verdict\n\t}"}) == ""
+    assert asked == []
+
+
+def test_no_open_connections(open_connections):
+    open_connections([])
+    assert ruleset.older(COUNTING) == ""
+
+
+def test_sockets_that_cannot_be_listed_are_logged(open_connections, monkeypatch):
+    open_connections(sockets.SocketsError("ss: not found"))
+    monkeypatch.setattr(ruleset, "log", mock.Mock())
+    assert ruleset.older(COUNTING) == ""
+    ((text, error), _) = ruleset.log.warning.call_args
+    assert text % error == "open connections cannot be listed, so they will be counted as new ones: ss: not found"
+
+
+def test_no_more_are_remembered_than_fit(open_connections, monkeypatch):
+    monkeypatch.setattr(ruleset, "OLDER", 2)
+    open_connections([("192.0.2.1", port, 143) for port in (1, 2, 3)])
+    assert ruleset.older(COUNTING) == (
+        "add element inet mailfw older_ipv4 { 192.0.2.1 . 1 . 143, 192.0.2.1 . 2 . 143 }\n"
+    )
+
+
+@pytest.mark.parametrize("mode", settings.MODES)
+def test_counted_ports_are_found_in_the_rules(root, open_connections, mode):
+    """As nft lists a map: elements on several lines, the braces at the same places."""
+    rendered = Rules(settings.resolve({"protection": {"type": mode}, "services": {"imap": {"port": 2143}}}), root)
+    asked = open_connections([])
+    counted = rendered.verdicts("counting")
+    ruleset.older({("map", "counting"): rendered.objects["map"]["counting"]})
+    assert asked == [list(counted)] * bool(counted)
+
+
 def test_meters_are_those_that_the_rules_have(root):
     """Elements of a meter keep the rate they were made with, so it is emptied; what is lasting must not be."""
-    sets = Rules(settings.resolve({"autoban": {"networks": {}}}), root).objects["set"]
+    pillar = {"autoban": {"networks": {}}, "enforce": False}
+    sets = Rules(settings.resolve(pillar), root).objects["set"]
     dynamic = {name for name, body in sets.items() if "dynamic" in body}
     meters = {name for name in dynamic if name.startswith(ruleset._METERS)}
-    limited = set(re.findall(r"update @(\w+) \{[^}]*limit rate", Rules(settings.resolve({}), root).text))
-    assert limited <= meters
-    assert {name.rsplit("_", 1)[0] for name in dynamic - meters} == {
+    texts = [Rules(settings.resolve({**pillar, "enforce": enforce}), root).text for enforce in (True, False)]
+    limited = set(re.findall(r"update @(\w+) \{[^}]*limit rate", "\n".join(texts)))
+    assert limited == meters
+    assert {re.sub("_ipv[46]$", "", name) for name in dynamic - meters} == {
+        "break_glass",
+        "older",
+        "observed",
         "trusted",
         "blocked",
         "banned_postfix",
@@ -244,29 +367,32 @@ def test_meters_are_those_that_the_rules_have(root):
     }
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("5h", 18000),
-        ("1d", 86400),
-        ("23h32m47s", 84767),
-        ("23h32m47s316ms", 84767),
-        ("1d1h1m1s", 90061),
-        ("366d", 31622400),
-        ("45ms", 0),
-        ("1m45ms", 60),
-        ("1s500ms", 1),
-    ],
-)
-def test_seconds_of_what_nft_prints(text, seconds):
-    assert ruleset._seconds(text) == seconds
+def test_snapshot_keeps_what_is_lasting(root):
+    """Of what rules and logins add, all but meters, what is older than the table, and what is only observed."""
+    sets = Rules(settings.resolve({"autoban": {"networks": {}}, "enforce": False}), root).objects["set"]
+    kept = {name for name in sets if snapshot.KEPT.fullmatch(name)}
+    assert all("dynamic" in sets[name] for name in kept)
+    assert {re.sub("_ipv[46]$", "", name) for name in kept} == {
+        "trusted",
+        "blocked",
+        *(f"{kind}_{role}" for kind in ("banned", "banned_networks") for role in settings.ROLES),
+    }
 
 
-@given(st.integers(1, parse.LONGEST), st.integers(0, 999))
-def test_seconds_of_any_timeout(seconds, milliseconds):
-    text = parse.duration_text(seconds)
-    assert ruleset._seconds(text) == seconds
-    assert ruleset._seconds(f"{text}{milliseconds}ms") == seconds
+@pytest.mark.parametrize(("timeout", "seconds"), [("5h", 18000), ("23h32m47s", 84767), ("366d", 31622400), ("1s", 1)])
+def test_default_timeout_of_a_set(timeout, seconds):
+    assert ruleset._default_timeout(f"\tset a {{\n\t\tflags dynamic,timeout\n\t\ttimeout {timeout}\n\t}}") == seconds
+
+
+def test_set_without_a_default_timeout():
+    text = "\tset a {\n\t\tflags dynamic,timeout\n\t\telements = { 192.0.2.1 timeout 1h }\n\t}"
+    assert ruleset._default_timeout(text) is None
+
+
+@given(st.integers(1, parse.LONGEST))
+def test_default_timeout_of_any_length(seconds):
+    """nft lists timeouts as it takes them."""
+    assert ruleset._default_timeout(f"\tset a {{\n\t\ttimeout {parse.duration_text(seconds)}\n\t}}") == seconds
 
 
 def test_appliers_take_turns(tmp_path):
@@ -283,3 +409,121 @@ def test_turn_ends_when_an_applier_fails(tmp_path):
         raise KeyError
     with open(path, encoding="ascii") as other:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+FILES = {"base.nft": "table inet mailfw { }\n", "dovecot.nft": "# dovecot\n"}
+
+
+def test_files_are_joined_in_the_order_of_include():
+    assert ruleset.joined({"postfix.nft": "c", "base.nft": "a", "dovecot.nft": "b"}) == "a\nb\nc"
+    assert ruleset.joined({}) == ""
+
+
+def test_files_on_disk(tmp_path):
+    assert ruleset.present(tmp_path / "rules") == {}
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "base.nft.old").write_text("not a rule file")
+    assert ruleset.present(tmp_path) == FILES
+    assert ruleset.stale_files(FILES, tmp_path) == []
+    assert ruleset.stale_files({"base.nft": "other", "postfix.nft": ""}, tmp_path) == [
+        "base.nft",
+        "dovecot.nft",
+        "postfix.nft",
+    ]
+
+
+@pytest.fixture
+def kernel(monkeypatch, tmp_path):
+    """A kernel that takes every script, or none when ``refuses`` is set; ``taken`` has the scripts."""
+
+    class Kernel:
+        def __init__(self):
+            self.taken, self.refuses = [], False
+
+        def apply(self, script, new):
+            if self.refuses:
+                raise nft.NftError("syntax error")
+            self.taken.append(script)
+            return "diff"
+
+    made = Kernel()
+    monkeypatch.setattr(ruleset, "_apply", made.apply)
+    monkeypatch.setattr(ruleset, "_known", lambda script: {})
+    monkeypatch.setattr(ruleset, "turn", contextlib.nullcontext)
+    return made
+
+
+def test_install_writes_what_the_kernel_has_taken(kernel, tmp_path):
+    rules_directory = tmp_path / "nftables.d" / "mailfw"
+    assert ruleset.install(FILES, rules_directory) == ("diff", ["base.nft", "dovecot.nft"])
+    assert ruleset.present(rules_directory) == FILES
+    assert kernel.taken == [ruleset.joined(FILES)]
+    fewer = {"base.nft": "other\n"}
+    assert ruleset.install(fewer, rules_directory) == ("diff", ["base.nft", "dovecot.nft"])
+    assert ruleset.present(rules_directory) == fewer
+    assert [path.name for path in rules_directory.parent.iterdir()] == ["mailfw"]
+    assert ruleset.install(fewer, rules_directory) == ("diff", [])
+
+
+def test_install_leaves_the_files_that_the_kernel_has(kernel, tmp_path):
+    rules_directory = tmp_path / "mailfw"
+    ruleset.install(FILES, rules_directory)
+    kernel.refuses = True
+    with pytest.raises(nft.NftError):
+        ruleset.install({"base.nft": "wrong"}, rules_directory)
+    assert ruleset.present(rules_directory) == FILES
+    assert [path.name for path in tmp_path.iterdir()] == ["mailfw"]
+
+
+def test_install_clears_up_after_an_interrupted_one(kernel, tmp_path):
+    left = tmp_path / "mailfw.new"
+    left.mkdir()
+    (left / "postfix.nft").write_text("half")
+    ruleset.install(FILES, tmp_path / "mailfw")
+    assert ruleset.present(tmp_path / "mailfw") == FILES
+    assert not left.exists()
+
+
+def test_files_are_readable_by_all(kernel, tmp_path):
+    ruleset.install(FILES, tmp_path / "mailfw")
+    assert (tmp_path / "mailfw").stat().st_mode & 0o777 == 0o755
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "mailfw").iterdir()} == {0o644}
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "\xff", "[" * 5])
+def test_record_of_no_use_is_none(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(ruleset, "LOADED", tmp_path / "loaded")
+    if text is not None:
+        (tmp_path / "loaded").write_bytes(text.encode("latin-1"))
+    assert ruleset.loaded() == {}
+
+
+def test_record_tells_what_the_kernel_makes_of_the_same_script(tmp_path, monkeypatch):
+    monkeypatch.setattr(ruleset, "LOADED", tmp_path / "loaded")
+    monkeypatch.setattr(ruleset, "wanted", lambda script: {("chain", "new"): script})
+    monkeypatch.setattr(ruleset.netlink, "Kernel", lambda: mock.Mock(fingerprint=lambda static: f"of {static}"))
+    ruleset._record("SCRIPT", OLD)
+    assert ruleset._known("SCRIPT") == OLD
+    assert ruleset._known("OTHER") == {("chain", "new"): "OTHER"}
+    assert ruleset.loaded()["static"] == ["services", "trusted_networks_ipv4"]
+    assert ruleset.loaded()["fingerprint"] == "of ['services', 'trusted_networks_ipv4']"
+    monkeypatch.setattr(os, "uname", lambda: mock.Mock(release="another kernel"))
+    assert ruleset._known("SCRIPT") == {("chain", "new"): "SCRIPT"}
+
+
+@pytest.mark.parametrize(
+    ("message", "full"),
+    [
+        ("Error: Could not process rule: Too many open files in system\nadd element inet mailfw a { 1 }", True),
+        ("Error: Could not process rule: Too many open files", False),
+        ("Error: Could not process rule: No such file or directory", False),
+        ("Error: syntax error, unexpected newline", False),
+        ("", False),
+    ],
+)
+def test_error_of_a_full_set_says_what_to_change(message, full):
+    error = nft.NftError(message)
+    assert error.full == full
+    assert str(error).startswith(message)
+    assert ("see mailfw:sizes" in str(error)) == full

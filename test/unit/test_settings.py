@@ -55,6 +55,16 @@ def test_defaults_are_those_of_the_specification(pillar):
     assert found["exempt"] == found["blocked"] == {"networks_ipv4": [], "networks_ipv6": []}
     assert found["reaction"] == {"banned": "drop", "blocked": "drop", "untrusted": "hold"}
     assert found["fleet"] == {"keys": []}
+    assert found["log"] == {"rate": {"count": 10, "unit": "minute"}, "group": None}
+    assert found["sizes"] == {
+        "trusted": 2_000_000,
+        "banned": 65536,
+        "blocked": 65536,
+        "rates": 65536,
+        "waiting": 65536,
+        "observed": 65536,
+    }
+    assert found["mark"] == 0x01000000
     assert found["roles"] == ["postfix", "dovecot"]
     assert found["enforce"] is True
 
@@ -102,6 +112,10 @@ def test_everything_that_may_be_set():
             "exempt": {"networks_ipv4": ["192.0.2.9"]},
             "blocked": {"networks_ipv6": ("2001:db8:1::/48",)},
             "reaction": {"banned": "reject", "blocked": "reject", "untrusted": "drop"},
+            "services": {"pop3": False, "submission": {"port": 2587}, "imap": {}, "sieve": {"port": None}},
+            "log": {"rate": "1/second", "group": 65535},
+            "sizes": {"trusted": 1, "observed": 2**24},
+            "mark": 2**31,
             "fleet": {"keys": [SECRET]},
         }
     )
@@ -118,13 +132,25 @@ def test_everything_that_may_be_set():
     assert found["exempt"]["networks_ipv4"] == ["192.0.2.9/32"]
     assert found["blocked"]["networks_ipv6"] == ["2001:db8:1::/48"]
     assert found["fleet"] == {"keys": [SECRET]}
+    assert {service["name"]: service["port"] for service in found["services"]} == {
+        "smtp": 25,
+        "submission": 2587,
+        "submissions": 465,
+        "imap": 143,
+        "imaps": 993,
+        "pop3s": 995,
+        "sieve": 4190,
+    }
+    assert found["log"] == {"rate": {"count": 1, "unit": "second"}, "group": 65535}
+    assert (found["sizes"]["trusted"], found["sizes"]["banned"], found["sizes"]["observed"]) == (1, 65536, 2**24)
+    assert found["mark"] == 0x80000000
     assert json.loads(json.dumps(found)) == found
 
 
 WRONG = [
     ({"autoban": {"rat": "10/minute"}}, "mailfw:autoban:rat: unknown key; did you mean rate?"),
     ({"protection": {"xyz": 1}}, "mailfw:protection:xyz: unknown key; expected one of type, services"),
-    ({1: 2}, "mailfw:1: unknown key; expected one of protection, enforce, roles, autoban, trusted, exempt"),
+    ({1: 2}, "mailfw:1: unknown key; expected one of protection, enforce, roles, services, autoban, trusted,"),
     ({"autoban": None}, "mailfw:autoban: None: expected a mapping with the keys rate, burst"),
     ({"trusted": ["192.0.2.1"]}, "mailfw:trusted: ['192.0.2.1']: expected a mapping with the keys period, timeout"),
     ({"protection": {"type": "paranoid"}}, "mailfw:protection:type: 'paranoid': expected one of autoban, protected"),
@@ -192,6 +218,46 @@ WRONG = [
     ({"reaction": {"banned": "hold"}}, "mailfw:reaction:banned: 'hold': expected one of drop, reject"),
     ({"reaction": {"blocked": True}}, "mailfw:reaction:blocked: True: expected one of drop, reject"),
     ({"reaction": {"untrusted": "wait"}}, "mailfw:reaction:untrusted: 'wait': expected one of hold, reject, drop"),
+    ({"services": []}, "mailfw:services: []: expected a mapping of services, such as {pop3: false, submission: {port:"),
+    ({"services": None}, "mailfw:services: None: expected a mapping of services"),
+    ({"services": {"smtp": {"port": 2525}}}, "mailfw:services: 'smtp': expected one of submission, submissions, imap"),
+    ({"services": {587: False}}, "mailfw:services: 587: expected one of submission, submissions, imap, imaps, pop3"),
+    ({"services": {"pop3": True}}, "mailfw:services:pop3: True: expected false or a mapping such as {port: 2587}"),
+    ({"services": {"pop3": 0}}, "mailfw:services:pop3: 0: expected false or a mapping such as {port: 2587}"),
+    ({"services": {"pop3": None}}, "mailfw:services:pop3: None: expected false or a mapping such as {port: 2587}"),
+    ({"services": {"imap": 1143}}, "mailfw:services:imap: 1143: expected false or a mapping such as {port: 2587}"),
+    (
+        {"services": {"imap": {"port": 65536}}},
+        "mailfw:services:imap:port: 65536: expected a whole number from 1 to 65535",
+    ),
+    (
+        {"services": {"imap": {"port": False}}},
+        "mailfw:services:imap:port: False: expected a whole number from 1 to 65535",
+    ),
+    ({"services": {"imap": {"ports": [1]}}}, "mailfw:services:imap:ports: unknown key; did you mean port?"),
+    ({"log": True}, "mailfw:log: True: expected false or a mapping such as {rate: 10/minute}"),
+    ({"log": None}, "mailfw:log: None: expected false or a mapping such as {rate: 10/minute}"),
+    ({"log": 0}, "mailfw:log: 0: expected false or a mapping such as {rate: 10/minute}"),
+    ({"log": {"rate": "10/week"}}, "mailfw:log:rate: '10/week': the unit must be second, minute, hour or day"),
+    ({"log": {"rate": None}}, "mailfw:log:rate: None: expected a rate such as 10/minute"),
+    ({"log": {"group": 65536}}, "mailfw:log:group: 65536: expected a whole number from 0 to 65535"),
+    ({"log": {"group": False}}, "mailfw:log:group: False: expected a whole number from 0 to 65535"),
+    ({"log": {"level": "info"}}, "mailfw:log:level: unknown key; expected one of rate, group"),
+    ({"sizes": 65536}, "mailfw:sizes: 65536: expected a mapping with the keys trusted, banned, blocked, rates,"),
+    ({"sizes": {"trusted": 0}}, "mailfw:sizes:trusted: 0: expected a whole number from 1 to 16777216"),
+    ({"sizes": {"banned": "64k"}}, "mailfw:sizes:banned: '64k': expected a whole number from 1 to 16777216"),
+    ({"sizes": {"blocked": 1e6}}, "mailfw:sizes:blocked: 1000000.0: expected a whole number from 1 to 16777216"),
+    ({"sizes": {"rates": None}}, "mailfw:sizes:rates: None: expected a whole number from 1 to 16777216"),
+    ({"sizes": {"waiting": 2**24 + 1}}, "mailfw:sizes:waiting: 16777217: expected a whole number from 1 to 16777216"),
+    ({"sizes": {"observed": True}}, "mailfw:sizes:observed: True: expected a whole number from 1 to 16777216"),
+    ({"sizes": {"older": 5}}, "mailfw:sizes:older: unknown key"),
+    ({"mark": 0}, "mailfw:mark: 0: expected one bit of 32, such as 0x01000000"),
+    ({"mark": 3}, "mailfw:mark: 3: expected one bit of 32, such as 0x01000000"),
+    ({"mark": 2**32}, "mailfw:mark: 4294967296: expected one bit of 32, such as 0x01000000"),
+    ({"mark": -1}, "mailfw:mark: -1: expected one bit of 32, such as 0x01000000"),
+    ({"mark": True}, "mailfw:mark: True: expected one bit of 32, such as 0x01000000"),
+    ({"mark": "0x10"}, "mailfw:mark: '0x10': expected one bit of 32, such as 0x01000000"),
+    ({"mark": None}, "mailfw:mark: None: expected one bit of 32, such as 0x01000000"),
     ({"fleet": {"keys": ["short"]}}, "mailfw:fleet:keys[0]: (not shown): expected a secret of at least 32 characters"),
     ({"fleet": {"keys": SECRET}}, "mailfw:fleet:keys: (not shown): expected a list of secrets"),
     ("autoban", "mailfw: (not shown): expected a mapping with the keys protection, enforce"),
@@ -213,12 +279,14 @@ def test_what_is_wrong_is_said_by_path(pillar, sentence):
         (settings.SCHEMA["trusted"], "ipv6_prefix", 32, 128),
         (settings._NETWORK_COUNTING, "ipv4_prefix", 8, 31),
         (settings._NETWORK_COUNTING, "ipv6_prefix", 16, 63),
+        (settings._LOGGING, "group", 0, 65535),
+        *((settings.SCHEMA["sizes"], key, 1, 2**24) for key in settings.SCHEMA["sizes"]),
     ],
 )
 def test_bounds_of_numbers(schema, key, lowest, highest):
     for value in (lowest, highest):
         assert schema[key].parse(value) == value
-    for value in (lowest - 1, highest + 1, float(lowest), str(lowest)):
+    for value in (lowest - 1, highest + 1, float(lowest), str(lowest), None):
         with pytest.raises(ValueError, match=f"^expected a whole number from {lowest} to {highest}$"):
             schema[key].parse(value)
 
@@ -253,6 +321,18 @@ def test_each_bad_element_of_a_list_is_said():
     assert [problem.split(":")[2] for problem in problems({"trusted": {"never": ["x", "192.0.2.1", None]}})] == [
         "never[0]",
         "never[2]",
+    ]
+
+
+def test_each_wrong_service_is_said():
+    wrong = {"pop3": True, "imap": {"port": 0, "prot": 1}, "smtp": False, "pop3s": False, "sieve": {"port": 4191}}
+    assert problems({"services": wrong, "log": {"rate": 1, "group": -1}}) == [
+        "mailfw:services:pop3: True: expected false or a mapping such as {port: 2587}",
+        "mailfw:services:imap:prot: unknown key; did you mean port?",
+        "mailfw:services:imap:port: 0: expected a whole number from 1 to 65535",
+        "mailfw:services: 'smtp': expected one of submission, submissions, imap, imaps, pop3, pop3s, sieve",
+        "mailfw:log:rate: 1: expected a rate such as 10/minute: a count from 1 to 100000 and a unit",
+        "mailfw:log:group: -1: expected a whole number from 0 to 65535",
     ]
 
 
@@ -293,6 +373,57 @@ def test_conflicting_prefixes():
     )
     assert settings.resolve({"autoban": {"ipv6_prefix": 49, "networks": {}}})
     assert settings.resolve({"autoban": {"ipv6_prefix": 48}})
+
+
+@pytest.mark.parametrize(
+    ("services", "conflicts"),
+    [
+        ({"imap": {"port": 25}}, {"imap": (25, "smtp")}),
+        ({"submission": {"port": 465}}, {"submission": (465, "submissions")}),
+        ({"submissions": {"port": 587}}, {"submissions": (587, "submission")}),
+        ({"submission": {"port": 143}}, {"submission": (143, "imap")}),
+        ({"sieve": {"port": 587}, "pop3": {"port": 110}}, {"sieve": (587, "submission")}),
+        ({"imap": {"port": 2000}, "pop3": {"port": 2000}}, {"pop3": (2000, "imap")}),
+        ({"imap": {"port": 25}, "sieve": {"port": 993}}, {"imap": (25, "smtp"), "sieve": (993, "imaps")}),
+    ],
+)
+def test_services_on_the_same_port(services, conflicts):
+    """It is said of a service that the pillar has moved, not of the one whose port it is."""
+    assert problems({"services": services}) == [
+        f"mailfw:services:{name}:port: {port}: is the port of {other}; expected one of its own"
+        for name, (port, other) in conflicts.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    "pillar",
+    [
+        {"services": {"submission": {"port": 465}, "submissions": {"port": 587}}},
+        {"services": {"submission": False, "submissions": {"port": 587}}},
+        {"services": {"imap": {"port": 587}}, "roles": ["dovecot"]},
+        {"services": {"submission": {"port": 465}, "imap": {"port": 465}}, "roles": []},
+        {"services": {"imap": {"port": 143}}},
+    ],
+)
+def test_services_that_do_not_meet(pillar):
+    settings.resolve(pillar)
+
+
+def test_conflicts_are_said_at_once():
+    lists = {"networks_ipv4": ["192.0.2.0/24"]}
+    found = problems(
+        {
+            "autoban": {"ipv6_prefix": 48, "networks": {}},
+            "services": {"imap": {"port": 993}},
+            "trusted": lists,
+            "blocked": lists,
+        }
+    )
+    assert [problem.split(": ")[0] for problem in found] == [
+        "mailfw:autoban:networks:ipv6_prefix",
+        "mailfw:services:imap:port",
+        "mailfw:blocked:networks_ipv4",
+    ]
 
 
 @pytest.mark.parametrize(("family", "network"), [("ipv4", "192.0.2.0/24"), ("ipv6", "2001:db8::/48")])
@@ -340,6 +471,31 @@ def test_override_for_a_role_that_the_host_has_not():
     assert {service["mode"] for service in found["services"] if service["login"]} == {"autoban"}
 
 
+@pytest.mark.parametrize("name", settings.LOGIN_SERVICES)
+def test_service_that_is_switched_off_is_nowhere(name):
+    found = settings.resolve({"services": {name: False}, "protection": {"services": {name: "private"}}})
+    port = settings.SERVICES[name].port
+    assert [service["name"] for service in found["services"]] == [one for one in settings.SERVICES if one != name]
+    assert port not in settings.login_ports(found)
+    for asked in (name, port):
+        with pytest.raises(ValueError, match=r"expected one of this host's: ") as raised:
+            settings.ports(found, [asked])
+        assert f" {name} (" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", settings.LOGIN_SERVICES)
+def test_service_on_another_port_is_there_everywhere(name):
+    found = settings.resolve({"services": {name: {"port": 2587}}, "protection": {"services": {name: "private"}}})
+    known = settings.SERVICES[name]
+    (moved,) = (service for service in found["services"] if service["name"] == name)
+    assert moved == {"name": name, "port": 2587, "role": known.role, "mode": "private", "login": True}
+    ports = [2587 if one == name else settings.SERVICES[one].port for one in settings.LOGIN_SERVICES]
+    assert settings.login_ports(found) == ports
+    assert settings.ports(found, [name, 2587]) == [2587]
+    with pytest.raises(ValueError, match=rf"expected one of this host's: .*{name} \(2587\)"):
+        settings.ports(found, [known.port])
+
+
 def test_ports():
     found = settings.resolve({})
     assert settings.ports(found, ["imap", "587", 4190]) == [143, 587, 4190]
@@ -370,6 +526,15 @@ _FORMS = {
         st.sampled_from(list(settings.SERVICES)), st.sampled_from(settings.MODES), max_size=3
     ),
     "mailfw:roles": st.lists(st.sampled_from(settings.ROLES), max_size=3),
+    "mailfw:services": st.dictionaries(
+        st.sampled_from(list(settings.SERVICES)),
+        st.just(False) | st.fixed_dictionaries({}, optional={"port": st.none() | st.integers(-1, 65537)}),
+        max_size=4,
+    ),
+    "mailfw:log": st.just(False)
+    | st.fixed_dictionaries({}, optional={"rate": st.just("1/hour"), "group": st.none() | st.integers(0, 65535)}),
+    "mailfw:mark": st.integers(0, 31).map(lambda bit: 1 << bit),
+    **{f"mailfw:sizes:{key}": st.integers(1, 2**24) for key in settings.SCHEMA["sizes"]},
     "mailfw:autoban:networks": st.fixed_dictionaries({}, optional={"ipv6_prefix": st.integers(10, 70)}),
 }
 
@@ -404,6 +569,8 @@ def test_resolve_gives_settings_or_says_why_not(pillar):
         assert json.loads(json.dumps(found, allow_nan=False)) == found
         assert rules.context(found)
         assert rules.files(found)
+        ports = [service["port"] for service in found["services"]]
+        assert len(set(ports)) == len(ports)
 
 
 @given(st.sampled_from(list(options())), arbitrary.values)
@@ -419,6 +586,14 @@ def test_each_key_takes_any_value_or_says_why_not(option, value):
 @given(_nearly_right(settings.SCHEMA))
 def test_pillars_of_the_right_form_are_refused_for_conflicts_only(pillar):
     _, said = attempt(pillar)
-    conflicts = ("which wins", "must be shorter", "in a list for IPv6", "a whole number from 16", "services: 'smtp'")
+    conflicts = (
+        "which wins",
+        "must be shorter",
+        "in a list for IPv6",
+        "a whole number from 16",
+        "a whole number from 1 to 65535",
+        "services: 'smtp'",
+        "expected one of its own",
+    )
     for problem in said:
         assert any(words in problem for words in conflicts)

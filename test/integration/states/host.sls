@@ -3,7 +3,7 @@ include:
   - mailfw
 
 exclude:
-  - id: mailfw rules are loaded at boot
+  - id: mailfw rules are kept
   - id: mailfw agent can be reached
   - id: mailfw agent is running
   - id: mailfw agent catches up with the fleet

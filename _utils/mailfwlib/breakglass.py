@@ -1,0 +1,46 @@
+"""The way out: ``mailfw-open`` opens every guarded port for everyone, for some time. Here is what others need of it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+from mailfwlib import nft
+
+#: Written by mailfw-open: when it ends, in Unix time, and why.
+TOOL = "/usr/sbin/mailfw-open"
+STATE = Path("/var/lib/mailfw/open")
+SET = "break_glass"
+
+
+class Opening(NamedTuple):
+    """Until when everything is open, in Unix time, and why."""
+
+    ends: int
+    reason: str
+
+
+def opening(now: float) -> Optional[Opening]:
+    """Return the opening that is in force, None when there is none."""
+    try:
+        ends, _, reason = STATE.read_text(encoding="utf-8", errors="replace").strip().partition(" ")
+        found = Opening(int(ends), reason)
+    except (OSError, ValueError):
+        return None
+    return found if found.ends > now else None
+
+
+def sentence(now: float) -> str:
+    """Return what to tell people of the opening that is in force, an empty string when there is none."""
+    found = opening(now)
+    if not found:
+        return ""
+    until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.ends))
+    return f"open for everyone until {until}, by mailfw-open: {found.reason}"
+
+
+def resumed(now: float) -> str:
+    """Return the nft script that opens a fresh table again, for the time that is left."""
+    found = opening(now)
+    return f"add element {nft.TABLE} {SET} {{ tcp timeout {round(found.ends - now) or 1}s }}\n" if found else ""

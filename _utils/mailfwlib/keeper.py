@@ -1,0 +1,127 @@
+"""Keeping the rules: a thread that notices what somebody has taken away, puts it back, and takes snapshots.
+
+What takes long runs in processes of its own (``mailfw-rules``), so that neither delays a login's acknowledgement.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mailfwlib import netlink, ruleset
+
+TOOL = "/usr/lib/mailfw/mailfw-rules"
+#: Seconds between two looks at the rules.
+LOOK = 1.0
+#: Seconds between two snapshots, and how many times as long as a snapshot took the pause after it is at least.
+SNAPSHOT, REST = 60.0, 50
+#: Seconds after a repair that failed until the next one.
+PATIENCE = 10.0
+
+log = logging.getLogger("mailfw-agent")
+
+
+class Keeper:
+    """Looks after the rules. Calls ``healed`` with what was altered, and since when elements may be missing."""
+
+    def __init__(self, healed: Callable[[float, list[str]], None], tool: str = TOOL):
+        self._healed = healed
+        self._tool = tool
+        self._kernel = netlink.Kernel()
+        self._seen: tuple[int, Any] = (-1, None)
+        self._snapshot_at = 0.0
+        self._next_snapshot = time.monotonic()
+        self._next_repair = 0.0
+        self.heals = 0
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread, with a last snapshot."""
+        self._stopping.set()
+        self._thread.join(timeout=10)
+
+    def status(self) -> dict[str, Any]:
+        """Return how often the rules were repaired, and when the last snapshot was taken, in Unix time."""
+        return {"heals": self.heals, "last_snapshot": self._snapshot_at or None}
+
+    def _run(self) -> None:
+        while not self._stopping.wait(LOOK):
+            self._attempt(self._look)
+            if time.monotonic() >= self._next_snapshot:
+                self._attempt(self._snapshot)
+        self._attempt(self._snapshot)
+
+    @staticmethod
+    def _attempt(step: Callable[[], Any]) -> None:
+        """Log what goes wrong: it is tried again."""
+        try:
+            step()
+        except Exception:
+            log.exception("the rules could not be looked after")
+
+    def _look(self) -> None:
+        """Repair the rules if they are not those that were loaded last."""
+        seen = (self._kernel.generation(), _stamp(ruleset.LOADED))
+        if seen == self._seen or time.monotonic() < self._next_repair:
+            return
+        if self._is_damaged():
+            self._repair()
+        else:
+            self._seen = seen
+
+    def _is_damaged(self) -> bool:
+        # Without the lock an applier may be between its transaction and its record of it.
+        return self._differs() and self._differs_in_turn()
+
+    def _differs_in_turn(self) -> bool:
+        with ruleset.turn():
+            return self._differs()
+
+    def _differs(self) -> bool:
+        record = ruleset.loaded()
+        return bool(record) and self._kernel.fingerprint(record["static"]) != record["fingerprint"]
+
+    def _repair(self) -> None:
+        since = self._snapshot_at
+        done = self._start("load")
+        if done.returncode:
+            self._next_repair = time.monotonic() + PATIENCE
+            log.error("the rules were altered and cannot be repaired: %s", done.stderr.strip())
+            return
+        self.heals += 1
+        log.warning("the rules were altered by somebody and are repaired:\n%s", done.stdout.strip())
+        altered = [line.partition(": ")[2] for line in done.stdout.splitlines() if line.startswith("altered: ")]
+        self._healed(since, altered)
+
+    def _snapshot(self) -> None:
+        if not ruleset.loaded() or self._differs():
+            return
+        began, clock = time.monotonic(), time.time()
+        done = self._start("save")
+        if done.returncode:
+            log.error("no snapshot: %s", done.stderr.strip())
+        else:
+            self._snapshot_at = clock
+        now = time.monotonic()
+        self._next_snapshot = now + max(SNAPSHOT, REST * (now - began))
+
+    def _start(self, verb: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([self._tool, verb], capture_output=True, text=True, timeout=120, check=False)
+
+
+def _stamp(path: Path) -> Any:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino

@@ -1,0 +1,201 @@
+"""Snapshots: who is trusted, banned and blocked, on disk, so that nothing is lost when the table is.
+
+A snapshot is text, a line for each element: its set, its value, its timeout and the Unix time at which it ends, so
+that time goes on while the host is down. The last line has the number of lines and their checksum: a snapshot is
+believed as a whole, or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from mailfwlib import nft
+
+PATH = Path("/var/lib/mailfw/snapshot")
+FIRST_LINE = "mailfw snapshot 1"
+
+#: The sets whose elements are worth keeping.
+KEPT = re.compile(r"(trusted|blocked|banned_[a-z]+|banned_networks_[a-z]+)_ipv[46]")
+_LINE = re.compile(rf"({KEPT.pattern}) ([0-9a-f.:]+(?: \. \d+)?) (\d+|-) (\d+|-)")
+#: Deadlines are whole seconds, read at different moments: two that differ by no more are the same.
+_ROUNDING = 2
+
+
+class SnapshotError(ValueError):
+    """A snapshot that is not to be believed; the message says why."""
+
+
+class Element(NamedTuple):
+    """An element of a set: its value as nft writes it, its own timeout in seconds, and when it ends, in Unix time."""
+
+    value: str
+    timeout: Optional[int]
+    ends: Optional[int]
+
+
+#: Set -> its elements.
+Elements = dict[str, list[Element]]
+
+
+def current() -> Elements:
+    """Return the elements that are loaded now and worth keeping. Lists those sets. Raises NftError."""
+    names = re.findall(r"^\tset (\S+) \{$", nft.table(), re.M)
+    now = time.time()
+    return {name: [_element(one, now) for one in nft.elements(name)] for name in names if KEPT.fullmatch(name)}
+
+
+def _element(listed: dict[str, Any], now: float) -> Element:
+    left = listed.get("expires")
+    return Element(nft.element_text(listed), listed.get("timeout"), None if left is None else round(now + left))
+
+
+def text(elements: Elements) -> str:
+    """Return a snapshot of some elements."""
+    lines = [FIRST_LINE]
+    for name, listed in sorted(elements.items()):
+        lines += [f"{name} {one.value} {_field(one.timeout)} {_field(one.ends)}" for one in listed]
+    body = "\n".join(lines) + "\n"
+    return f"{body}{len(lines)} {hashlib.sha256(body.encode()).hexdigest()}\n"
+
+
+def _field(number: int | None) -> str:
+    return "-" if number is None else str(number)
+
+
+def parse(snapshot: str) -> Elements:
+    """Return the elements of a snapshot. Raises SnapshotError."""
+    body, _, last = snapshot.removesuffix("\n").rpartition("\n")
+    lines = body.split("\n")
+    if lines[0] != FIRST_LINE:
+        raise SnapshotError(f"does not begin with {FIRST_LINE!r}: empty, or of another version or program")
+    if last != f"{len(lines)} {hashlib.sha256((body + chr(10)).encode()).hexdigest()}":
+        raise SnapshotError("its last line does not match the others: it is cut off or was changed")
+    found: Elements = {}
+    for line in lines[1:]:
+        match = _LINE.fullmatch(line)
+        if not match:
+            raise SnapshotError(f"a line is not an element: {line!r:.80}")
+        name, value, timeout, ends = match[1], match[3], match[4], match[5]
+        found.setdefault(name, []).append(Element(value, _number(timeout), _number(ends)))
+    return found
+
+
+def _number(field: str) -> int | None:
+    return None if field == "-" else int(field)
+
+
+def same(one: Elements, other: Elements) -> bool:
+    """Return whether two snapshots say the same, apart from rounding."""
+    first, second = _flat(one), _flat(other)
+    return first.keys() == second.keys() and all(
+        first[key] == second[key] or abs(first[key] - second[key]) <= _ROUNDING for key in first
+    )
+
+
+def _flat(elements: Elements) -> dict[tuple[str, str], float]:
+    return {
+        (name, one.value): float("inf") if one.ends is None else one.ends
+        for name, listed in elements.items()
+        for one in listed
+    }
+
+
+def save(path: Path = PATH) -> str:
+    """Write the loaded elements to disk, unless the snapshot there says the same; return what was done.
+
+    The file is replaced at once: a reader, or a power failure, finds the old or the new one. Raises NftError, OSError.
+    """
+    elements = current()
+    count = sum(map(len, elements.values()))
+    try:
+        if same(parse(path.read_text(encoding="ascii")), elements):
+            return f"unchanged, {count} elements"
+    except (OSError, ValueError):
+        pass
+    replace(path, text(elements))
+    return f"written, {count} elements"
+
+
+def replace(path: Path, content: str, mode: int = 0o600) -> None:
+    """Replace a file at once."""
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as stream:
+            os.fchmod(stream.fileno(), mode)
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def load(path: Path = PATH) -> Elements:
+    """Return the elements of the snapshot on disk, none when there is none. Raises SnapshotError."""
+    try:
+        owner = path.stat().st_uid
+        content = path.read_text(encoding="ascii")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as err:
+        raise SnapshotError(str(err)) from err
+    if owner:
+        raise SnapshotError(f"belongs to uid {owner}, not to root")
+    return parse(content)
+
+
+def set_aside(path: Path = PATH) -> Path:
+    """Rename a snapshot that is not to be believed, so that it can be looked at; return its new path."""
+    aside = path.with_name(f"{path.name}.rejected")
+    path.replace(aside)
+    return aside
+
+
+def fitting(elements: Elements, sizes: dict[str, int]) -> Elements:
+    """Return elements without those for which sets that became smaller have no room: those that end first."""
+    return {
+        name: sorted(listed, key=lambda one: one.ends or float("inf"), reverse=True)[: sizes[name]]
+        for name, listed in elements.items()
+        if name in sizes
+    }
+
+
+def script(elements: Elements, timeouts: dict[str, Optional[int]], now: float) -> str:
+    """Return the nft script that adds elements again with the time that they have left; what is over stays out.
+
+    ``timeouts``: the default timeout of each set that there is. An element that lived by the default lives no longer
+    than the new one; kernels refuse more time left than the timeout (c0f38a8c6017).
+    """
+    lines = []
+    for name, default in timeouts.items():
+        alive = [one for one in elements.get(name, []) if one.ends is None or one.ends > now]
+        if alive:
+            lines.append(f"add element {nft.TABLE} {name} {{ {', '.join(_timed(alive, default, now))} }}\n")
+    return "".join(lines)
+
+
+def _timed(elements: Iterable[Element], default: int | None, now: float) -> Iterable[str]:
+    for one in elements:
+        if one.ends is None:
+            yield one.value
+            continue
+        left = max(1, round(one.ends - now))
+        if one.timeout is not None:
+            yield f"{one.value} timeout {one.timeout}s expires {min(left, one.timeout)}s"
+        elif default is not None:
+            yield f"{one.value} timeout {default}s expires {min(left, default)}s"
+        else:
+            yield f"{one.value} timeout {left}s"

@@ -1,0 +1,164 @@
+"""Server namespaces, each on a wire of its own to one client namespace: veth pairs without a bridge.
+
+Everything ends with the program, however it ends: a caretaker process deletes the namespaces when the program's end of
+its pipe closes, and the kernel kills the servers when their parent dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from support.net import CLONE_NEWNET, _system_call
+
+PORT = 993
+#: Trusted clients have addresses of 100.64.0.0/10 (RFC 6598), others of 198.18.0.0/15 (RFC 2544), as many as they like.
+TRUSTED_NETWORK, OTHER_NETWORK = "100.64.0.0/10", "198.18.0.0/15"
+TRUSTED_IPV6, OTHER_IPV6 = "fd64::/32", "fd18::/32"
+
+_NGINX = """
+daemon off; master_process off; pid {directory}/pid; error_log stderr crit;
+events {{ worker_connections 4096; }}
+http {{
+  access_log off; keepalive_timeout 0;
+  server {{
+    listen 10.{number}.0.1:{port} backlog=4096;
+    listen [fd00:{number}::1]:{port} backlog=4096;
+    return 200 "* OK ready\\r\\n";
+  }}
+}}
+"""
+
+
+def run(*command: str, script: str | None = None) -> str:
+    """Return what a command prints; raise RuntimeError with what it says when it fails."""
+    done = subprocess.run(command, input=script, text=True, capture_output=True, timeout=300, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+@contextlib.contextmanager
+def inside(namespace: str) -> Iterator[None]:
+    """Be in a network namespace for a while: the sockets made there stay there."""
+    with open("/proc/thread-self/ns/net", "rb") as before, open(f"/run/netns/{namespace}", "rb") as there:
+        _system_call("setns", there.fileno(), CLONE_NEWNET)
+        try:
+            yield
+        finally:
+            _system_call("setns", before.fileno(), CLONE_NEWNET)
+
+
+class Server:
+    """A server namespace with rules of its own. nginx is on one pair of addresses, this program on another."""
+
+    def __init__(self, number: int, name: str, client: str):
+        self.name = name
+        self.nginx = {4: f"http://10.{number}.0.1:{PORT}/", 6: f"http://[fd00:{number}::1]:{PORT}/"}
+        self.address = {4: f"10.{number}.0.3", 6: f"fd00:{number}::3"}
+        self.number = number
+        run("ip", "netns", "add", name)
+        # Without this, a connection's entry outlives it by 2 minutes, and the machine's limit is soon reached.
+        sysctls = {"netfilter/nf_conntrack_tcp_timeout_time_wait": "1", "ipv6/conf/all/accept_dad": "0"}
+        with inside(name):
+            for key, value in {**sysctls, "ipv6/conf/default/accept_dad": "0"}.items():
+                Path(f"/proc/sys/net/{key}").write_text(value)
+        wire = f"wire{number}"
+        run("ip", "-n", client, "link", "add", wire, "type", "veth", "peer", "eth0", "netns", name)
+        for namespace, device in ((client, wire), (name, "eth0")):
+            # Every packet passes the rules on its own, also on the way out.
+            run("ip", "-n", namespace, "link", "set", device, "up", "gso_max_segs", "1")
+            run("ip", "netns", "exec", namespace, "ethtool", "-K", device, "tso", "off", "gso", "off", "gro", "off")
+        self._ip("link set lo up")
+        for last in (1, 3):
+            self._ip(f"addr add 10.{number}.0.{last}/24 dev eth0")
+            self._ip(f"addr add fd00:{number}::{last}/64 dev eth0")
+        run("ip", "-n", client, "addr", "add", f"10.{number}.0.2/24", "dev", wire)
+        run("ip", "-n", client, "addr", "add", f"fd00:{number}::2/64", "dev", wire)
+        for network in (TRUSTED_NETWORK, OTHER_NETWORK):
+            self._ip(f"route add {network} via 10.{number}.0.2")
+        for network in (TRUSTED_IPV6, OTHER_IPV6):
+            self._ip(f"route add {network} via fd00:{number}::2")
+        self.listeners = {}
+        with inside(name):
+            for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
+                listener = socket.socket(family)
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind((self.address[version], PORT))
+                listener.listen(64)
+                self.listeners[version] = listener
+
+    def _ip(self, command: str) -> None:
+        run("ip", "-n", self.name, *command.split())
+
+    def forget_closed(self) -> None:
+        """Keep no socket in TIME-WAIT from now on: the timers of thousands would run in the middle of a batch."""
+        with inside(self.name):
+            Path("/proc/sys/net/ipv4/tcp_max_tw_buckets").write_text("0")
+
+    def load(self, script: str) -> None:
+        """Load rules or elements."""
+        if script:
+            run("ip", "netns", "exec", self.name, "nft", "-f", "-", script=script)
+
+    def serve(self, directory: Path, core: int) -> subprocess.Popen[bytes]:
+        """Start nginx on one core; it dies with this program."""
+        directory.mkdir()
+        config = directory / "nginx.conf"
+        config.write_text(_NGINX.format(number=self.number, port=PORT, directory=directory))
+        command = f"setpriv --pdeathsig KILL nsenter --net=/run/netns/{self.name} taskset -c {core} nginx -c {config}"
+        return subprocess.Popen(command.split(), stdin=subprocess.DEVNULL)
+
+
+class Wires:
+    """The client namespace, in which this program is from now on, and its servers."""
+
+    def __init__(self, names: list[str], directory: Path, core: int):
+        prefix = f"mailfwb-{os.getpid()}"
+        self.client = f"{prefix}-client"
+        namespaces = [self.client, *(f"{prefix}-{number}" for number, _ in enumerate(names, 1))]
+        self._caretaker = subprocess.Popen(
+            ["sh", "-c", 'read _; for name; do ip netns del "$name"; done', "sh", *namespaces],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self.servers: dict[str, Server] = {}
+        try:
+            self._make_client()
+            for number, name in enumerate(names, 1):
+                self.servers[name] = Server(number, f"{prefix}-{number}", self.client)
+                self._processes.append(self.servers[name].serve(directory / str(number), core))
+            with open(f"/run/netns/{self.client}", "rb") as there:
+                _system_call("setns", there.fileno(), CLONE_NEWNET)
+            time.sleep(0.5)
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_client(self) -> None:
+        run("ip", "netns", "add", self.client)
+        run("ip", "-n", self.client, "link", "set", "lo", "up")
+        for network in (TRUSTED_NETWORK, OTHER_NETWORK, TRUSTED_IPV6, OTHER_IPV6):
+            run("ip", "-n", self.client, "route", "add", "local", network, "dev", "lo")
+        with inside(self.client):
+            Path("/proc/sys/net/ipv4/ip_local_port_range").write_text("1024 65535")
+            Path("/proc/sys/net/ipv6/ip_nonlocal_bind").write_text("1")
+            for conf in ("all", "default"):
+                Path(f"/proc/sys/net/ipv6/conf/{conf}/accept_dad").write_text("0")
+
+    def close(self) -> None:
+        """Remove everything."""
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        for server in self.servers.values():
+            for listener in server.listeners.values():
+                listener.close()
+        self._caretaker.communicate(timeout=60)

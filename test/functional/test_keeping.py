@@ -1,0 +1,308 @@
+"""Nothing is lost: what is flushed, altered or unloaded comes back, with all who were trusted, banned and blocked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mailfwlib import ruleset, snapshot
+from support.agent import KEY, Agent
+from support.firewall import Firewall
+from support.net import Client, Host, until
+
+#: Seconds within which the agent has repaired the rules.
+SOON = 5.0
+PILLAR: dict[str, Any] = {
+    "protection": {"type": "protected"},
+    "reaction": {"untrusted": "reject", "banned": "reject"},
+    "trusted": {"networks_ipv4": ["192.0.2.200"]},
+    "fleet": {"keys": [KEY]},
+}
+KEY_OF = {"ipv4": "198.51.100.10", "ipv6": "2001:db8:a::"}
+
+
+def install(firewall: Firewall, host: Host, **pillar: Any) -> str:
+    """Load the rules for a pillar and put their file on disk, as the state does; return the diff."""
+    script = firewall.script(**{**PILLAR, **pillar})
+    return host.call(ruleset.install, {"base.nft": script})[0]
+
+
+@pytest.fixture
+def installed(firewall: Firewall, host: Host) -> Iterator[Firewall]:
+    install(firewall, host)
+    yield firewall
+    for path in host.call(lambda: list(ruleset.RULES.glob("*"))):
+        host.call(path.unlink)
+
+
+@pytest.fixture
+def agent(installed: Firewall, host: Host, tmp_path: Path) -> Iterator[Agent]:
+    made = Agent(host, tmp_path, PILLAR)
+    until(lambda: made.status()["last_snapshot"], "the first snapshot")
+    yield made
+    made.close()
+
+
+def flush(firewall: Firewall) -> None:
+    firewall.run("flush ruleset")
+
+
+def tool(host: Host, verb: str) -> str:
+    return host.run("/usr/lib/mailfw/mailfw-rules", verb).stdout
+
+
+DAMAGE = {
+    "flush": "flush ruleset",
+    "table": "delete table inet mailfw",
+    "rules": "flush chain inet mailfw guarded",
+    "base chain": "flush chain inet mailfw input; delete chain inet mailfw input",
+    "verdicts": "flush map inet mailfw services",
+    "port": "delete element inet mailfw services { 587 }",
+    "added rule": "insert rule inet mailfw guarded accept",
+    "static set": "flush set inet mailfw trusted_networks_ipv4",
+}
+
+#: What a repair finds altered where it is not the whole table.
+ALTERED = {
+    "rules": ["chain guarded"],
+    "base chain": ["chain input"],
+    "verdicts": ["map services"],
+    "port": ["map services"],
+    "added rule": ["chain guarded"],
+    "static set": ["set trusted_networks_ipv4"],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_agent_repairs_what_somebody_did(
+    agent: Agent, installed: Firewall, alice: Client, mallory: Client, family: str, damage: str
+) -> None:
+    source, stranger = alice.addresses(family)[0], mallory.addresses(family)[0]
+    agent.login(source)
+    session = alice.open(993, source)
+    before = installed.nft("-s", "-t", "list", "table", "inet", "mailfw")
+    installed.run(DAMAGE[damage])
+    until(lambda: agent.status()["heals"] == 1, "repaired", SOON)
+    after = installed.nft("-s", "-t", "list", "table", "inet", "mailfw")
+    assert sorted(after.splitlines()) == sorted(before.splitlines())
+    assert alice.connect(587, source) == "open"
+    assert mallory.connect(587, stranger) == "refused"
+    assert session.talks()
+    session.close()
+    (event,) = until(lambda: [one for one in agent.events() if one["tag"] == "mailfw/healed"], "the event")
+    assert event["data"]["host"] == "mx1.example"
+    altered = event["data"]["altered"]
+    assert altered == ALTERED[damage] if damage in ALTERED else {"chain input", "map services"} < set(altered)
+    assert "repaired" in agent.log()
+
+
+def test_repair_brings_back_what_was_known_last(agent: Agent, installed: Firewall, host: Host, family: str) -> None:
+    """Who was banned and blocked comes from the snapshot; who logged in or was trusted since, from the agent."""
+    addresses = {"ipv4": "203.0.113.{}", "ipv6": "2001:db8:{}::"}[family]
+    banned, blocked, forgotten, logged_in, given = (addresses.format(number) for number in range(1, 6))
+    installed.ban(banned)
+    installed.block(blocked)
+    installed.trust(forgotten, seconds=7200)
+    agent.restart()
+    until(lambda: agent.status()["last_snapshot"], "a snapshot")
+    agent.login(logged_in)
+    agent.ask("remember", given, "587", str(time.time() + 30 * 86400))
+    installed.untrust(forgotten)
+    agent.ask("forget", forgotten)
+    flush(installed)
+    until(lambda: agent.status()["heals"] == 1, "repaired", SOON)
+    until(lambda: f"{given} . 587" in installed.elements(f"trusted_{family}"), "trusted again")
+    trusted = installed.elements(f"trusted_{family}")
+    assert len([one for one in trusted if one.startswith(f"{logged_in} ")]) == 7
+    assert trusted[f"{given} . 587"] > 29 * 86400
+    assert not [one for one in trusted if one.startswith(f"{forgotten} ")]
+    assert banned in installed.elements(f"banned_dovecot_{family}")
+    assert 3500 < installed.elements(f"banned_postfix_{family}")[banned] <= 3600
+    assert installed.elements(f"blocked_{family}") == {blocked: float("inf")}
+
+
+def test_agent_leaves_an_unloaded_table_alone(agent: Agent, installed: Firewall, host: Host) -> None:
+    tool(host, "unload")
+    time.sleep(2.5)  # the agent looks every second
+    assert installed.nft("list", "tables") == ""
+    assert agent.status()["heals"] == 0
+
+
+def test_agent_leaves_others_tables_alone(agent: Agent, installed: Firewall) -> None:
+    installed.run("add table inet other")
+    installed.run("delete table inet other")
+    time.sleep(2.5)
+    assert agent.status()["heals"] == 0
+
+
+def test_applying_is_no_damage(agent: Agent, installed: Firewall, host: Host) -> None:
+    for mode in ("private", "autoban", "protected") * 5:
+        install(installed, host, protection={"type": mode})
+    time.sleep(1.5)
+    assert agent.status()["heals"] == 0
+
+
+def test_unload_and_load_keep_everything_with_the_time_left(
+    installed: Firewall, host: Host, alice: Client, family: str
+) -> None:
+    source = alice.addresses(family)[0]
+    installed.trust(source, seconds=7200)
+    installed.ban("203.0.113.1" if family == "ipv4" else "2001:db8:1::", seconds=600)
+    installed.block("203.0.113.2" if family == "ipv4" else "2001:db8:2::")
+    sets = [f"trusted_{family}", f"banned_dovecot_{family}", f"banned_postfix_{family}", f"blocked_{family}"]
+    before = {name: installed.elements(name) for name in sets}
+    tool(host, "unload")
+    assert installed.nft("list", "tables") == ""
+    tool(host, "load")
+    for name in sets:
+        after = installed.elements(name)
+        assert after.keys() == before[name].keys()
+        assert all(after[key] == pytest.approx(before[name][key], abs=3) for key in after)
+    assert alice.connect(587, source) == "open"
+
+
+def test_downtime_counts(installed: Firewall, host: Host) -> None:
+    ends = round(time.time())
+    elements = {
+        "trusted_ipv4": [
+            snapshot.Element("192.0.2.1 . 587", 86400, ends + 600),
+            snapshot.Element("192.0.2.2 . 587", 86400, ends - 1),
+        ],
+        "banned_dovecot_ipv6": [snapshot.Element("2001:db8::", None, ends + 300)],
+        "blocked_ipv4": [snapshot.Element("192.0.2.9", None, None)],
+    }
+    flush(installed)
+    host.call(snapshot.replace, snapshot.PATH, snapshot.text(elements))
+    tool(host, "load")
+    assert list(installed.elements("trusted_ipv4")) == ["192.0.2.1 . 587"]
+    assert 590 < installed.elements("trusted_ipv4")["192.0.2.1 . 587"] <= 600
+    assert 290 < installed.elements("banned_dovecot_ipv6")["2001:db8::"] <= 300
+    assert list(installed.elements("blocked_ipv4")) == ["192.0.2.9"]
+
+
+def test_shortened_periods_are_kept_to(installed: Firewall, host: Host) -> None:
+    installed.ban("192.0.2.1")
+    tool(host, "unload")
+    install(installed, host, autoban={"period": "5m"})
+    assert 290 < installed.elements("banned_dovecot_ipv4")["192.0.2.1"] <= 300
+
+
+BAD = {
+    "empty": "",
+    "torn": None,
+    "foreign": "table inet mailfw {\n}\n",
+    "older": snapshot.text({}).replace("snapshot 1", "snapshot 0"),
+    "altered": snapshot.text({"trusted_ipv4": [snapshot.Element("192.0.2.1 . 587", 1, None)]}).replace("2.1", "2.2"),
+    "hostile": snapshot.text({"trusted_ipv4": [snapshot.Element("192.0.2.1 . 587 }; flush ruleset", 1, None)]}),
+    "unknown set": snapshot.text({"services": [snapshot.Element("192.0.2.1", None, None)]}),
+    "wrong type": snapshot.text({"blocked_ipv4": [snapshot.Element("2001:db8::", None, None)]}),
+    "not text": "\xff\xfe",
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_snapshot_that_cannot_be_believed_is_set_aside(installed: Firewall, host: Host, kind: str) -> None:
+    installed.trust("192.0.2.1")
+    flush(installed)
+    content = BAD[kind]
+    if content is None:
+        content = snapshot.text({"trusted_ipv4": [snapshot.Element(f"192.0.2.{n} . 587", 600, None) for n in range(9)]})
+        content = content[: len(content) // 2]
+    host.call(snapshot.PATH.write_bytes, content.encode("latin-1"))
+    done = host.run("/usr/lib/mailfw/mailfw-rules", "load")
+    aside = snapshot.PATH.with_name("snapshot.rejected")
+    assert f"set aside as {aside}" in done.stderr
+    assert host.call(aside.read_bytes) == content.encode("latin-1")
+    assert not host.call(snapshot.PATH.exists)
+    assert installed.elements("trusted_ipv4") == {}
+    assert installed.nft("list", "map", "inet", "mailfw", "services").count("goto") == 7
+
+
+def test_snapshot_of_another_user_is_not_believed(installed: Firewall, host: Host) -> None:
+    installed.trust("192.0.2.1")
+    tool(host, "unload")
+    host.run("chown", "nobody", str(snapshot.PATH))
+    assert "belongs to uid" in host.run("/usr/lib/mailfw/mailfw-rules", "load").stderr
+    assert installed.elements("trusted_ipv4") == {}
+
+
+def test_snapshot_is_written_only_when_something_changed(installed: Firewall, host: Host) -> None:
+    installed.trust("192.0.2.1")
+    assert "written, 7 elements" in tool(host, "save")
+    inode = host.call(snapshot.PATH.stat).st_ino
+    assert "unchanged, 7 elements" in tool(host, "save")
+    assert host.call(snapshot.PATH.stat).st_ino == inode
+    installed.trust("192.0.2.1", seconds=7200)
+    assert "written, 7 elements" in tool(host, "save")
+
+
+def test_snapshot_is_readable_by_root_only(installed: Firewall, host: Host) -> None:
+    tool(host, "save")
+    assert host.call(snapshot.PATH.stat).st_mode & 0o777 == 0o600
+
+
+def test_set_that_became_smaller_keeps_what_ends_last(installed: Firewall, host: Host) -> None:
+    for number, seconds in enumerate((100, 300, 200), start=1):
+        installed.block(f"192.0.2.{number}", seconds)
+    tool(host, "unload")
+    install(installed, host, sizes={"blocked": 2})
+    assert set(installed.elements("blocked_ipv4")) == {"192.0.2.2", "192.0.2.3"}
+
+
+def opened(host: Host, *arguments: str) -> str:
+    return host.run("/usr/lib/mailfw/mailfw-open", *arguments).stdout
+
+
+def test_way_out_opens_everything_and_closes_by_itself(
+    installed: Firewall, host: Host, mallory: Client, family: str
+) -> None:
+    source = mallory.addresses(family)[0]
+    installed.block(source)
+    installed.ban(source)
+    assert mallory.connect(587, source) == "silent"
+    assert "open for everyone until" in opened(host, "2s", "on call at 3")
+    assert mallory.connect_many([587, 993, 25], source) == {587: "open", 993: "open", 25: "open"}
+    assert "on call at 3" in opened(host)
+    until(lambda: mallory.connect(587, source) == "silent", "closed again")
+    until(lambda: "not open" in opened(host), "it says so")
+
+
+def test_way_out_survives_applies_repairs_and_reboots(
+    agent: Agent, installed: Firewall, host: Host, mallory: Client
+) -> None:
+    source = mallory.ipv4[0]
+    opened(host, "2h", "test")
+    install(installed, host, protection={"type": "private"})
+    assert mallory.connect(993, source) == "open"
+    flush(installed)
+    until(lambda: agent.status()["heals"] == 1, "repaired", SOON)
+    assert mallory.connect(993, source) == "open"
+    agent.stop()
+    flush(installed)
+    host.call(ruleset.LOADED.unlink)
+    tool(host, "load")
+    assert mallory.connect(993, source) == "open"
+    opened(host, "close")
+    assert mallory.connect(993, source) == "refused"
+    assert "not open" in opened(host)
+
+
+@pytest.mark.parametrize("wrong", ["2", "h", "2x", "8d", "0s", "-1h", "2h;reboot", "1h 2h", "99999999h", "08", "é"])
+def test_way_out_refuses_what_is_no_duration(installed: Firewall, host: Host, wrong: str) -> None:
+    done = host.run("/usr/lib/mailfw/mailfw-open", wrong, check=False)
+    assert done.returncode == 1
+    assert f"'{wrong}': expected a duration such as 2h" in done.stderr
+    assert installed.elements("break_glass") == {}
+
+
+def test_way_out_takes_a_reason_as_it_is(installed: Firewall, host: Host) -> None:
+    reason = "$(touch /run/x) `id` %s \\n '\"; nft flush ruleset"
+    opened(host, "1h30m", reason)
+    assert reason in opened(host)
+    assert not host.call(Path("/run/x").exists)
+    assert 5390 < installed.elements("break_glass")["tcp"] <= 5400
+    opened(host, "close")
