@@ -19,6 +19,7 @@ mailfw files are removed:
       - /usr/sbin/mailfw-open
       - /etc/nftables.d/mailfw
       - /var/lib/mailfw
+      - /run/mailfw
       - /etc/mailfw
       - /usr/lib/mailfw
     - require:
