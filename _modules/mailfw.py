@@ -13,16 +13,16 @@ import glob
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import salt.utils.files
 import salt.utils.yaml
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
-from mailfwlib import breakglass, client, elements, messages, neighbours, nft, parse, rules, ruleset, sockets
+from mailfwlib import breakglass, client, elements, files, messages, neighbours, nft, parse, rules, ruleset, sockets
 from mailfwlib import settings as schema
 
 log = logging.getLogger(__name__)
@@ -162,22 +162,6 @@ def _end_sessions(network, host):
         return 0
 
 
-def _write(path, text, mode, owner="root"):
-    """Replace a file at once, so that a reader sees the old or the new one; ``None`` removes it."""
-    if text is None:
-        os.unlink(path)
-        return
-    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-    fresh = f"{path}.new"
-    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as stream:
-        os.fchmod(stream.fileno(), mode)
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    shutil.chown(fresh, owner)
-    os.replace(fresh, path)
-
-
 def _replace(path, text, mode, test, owner="root"):
     """Make a file say ``text``, unless this is a test; return whether it says something else so far."""
     try:
@@ -186,7 +170,7 @@ def _replace(path, text, mode, test, owner="root"):
     except FileNotFoundError:
         same = False
     if not same and not test:
-        _write(path, text, mode, owner)
+        files.replace(Path(path), text, mode, owner)
     return not same
 
 
@@ -464,8 +448,8 @@ def check(address):
         service["name"]: rules.decision(source, service, trusted, banned.get(service["role"]), blocked, host)
         for service in host["services"]
     }
-    if opening():
-        carried_out = {name: f"accepted: {opening()}" for name in decided}
+    if is_open := opening():
+        carried_out = dict.fromkeys(decided, f"accepted: {is_open}")
     else:
         carried_out = {name: rules.observed(decision, host) for name, decision in decided.items()}
     return {"address": str(source), "services": carried_out}
@@ -538,7 +522,7 @@ def status():
         salt mx1 mailfw.status
     """
     host = _host_settings()
-    objects = _live()
+    objects, is_open = _live(), opening()
     sizes = ruleset.sizes(objects)
     fill = {name: len(_elements(name)) for name in sizes}
     rules_are = ("differ: see mailfw.drift" if drift() else "loaded") if objects else "not loaded"
@@ -552,7 +536,7 @@ def status():
         "rules": rules_are,
         "sets": {name: f"{fill[name]} of {size}" for name, size in sizes.items()},
         "decisions": _counters(),
-        "warnings": [opening()] * bool(opening()) + _full(fill, sizes) + _unguarded(host) + _neighbours(host),
+        "warnings": [is_open] * bool(is_open) + _full(fill, sizes) + _unguarded(host) + _neighbours(host),
     }
 
 

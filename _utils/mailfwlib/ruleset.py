@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mailfwlib import breakglass, elements, netlink, nft, parse, snapshot, sockets
+from mailfwlib import breakglass, elements, files, netlink, nft, parse, snapshot, sockets
 from mailfwlib.rules import OLDER
 
 log = logging.getLogger(__name__)
@@ -212,17 +212,17 @@ def _create(script: str, new: Objects) -> None:
             log.error("the snapshot was set aside as %s: %s", snapshot.set_aside(), err)
 
 
-def install(files: dict[str, str], directory: Path = RULES) -> tuple[str, list[str]]:
+def install(texts: dict[str, str], directory: Path = RULES) -> tuple[str, list[str]]:
     """Load rule files, name -> text, and put them on disk once the kernel has taken them.
 
     Returns the diff and the names of the files that were written or removed. Whatever interrupts it, the directory has
     the old files or the new ones, all of them. Raises NftError and OSError, and then nothing has changed.
     """
-    script = joined(files)
-    stale = stale_files(files, directory)
+    script = joined(texts)
     new = _known(script)
     with turn():
-        staged = _staged(files, directory) if stale else None
+        stale = stale_files(texts, directory)
+        staged = _staged(texts, directory) if stale else None
         try:
             changed = _apply(script, new)
             if staged:
@@ -233,9 +233,9 @@ def install(files: dict[str, str], directory: Path = RULES) -> tuple[str, list[s
     return changed, stale
 
 
-def joined(files: dict[str, str]) -> str:
+def joined(texts: dict[str, str]) -> str:
     """Return rule files as one script, in the order in which nft's include reads them."""
-    return "\n".join(files[name] for name in sorted(files))
+    return "\n".join(texts[name] for name in sorted(texts))
 
 
 def present(directory: Path = RULES) -> dict[str, str]:
@@ -243,20 +243,20 @@ def present(directory: Path = RULES) -> dict[str, str]:
     return {path.name: path.read_text(encoding="utf-8") for path in sorted(directory.glob("*.nft"))}
 
 
-def stale_files(files: dict[str, str], directory: Path = RULES) -> list[str]:
+def stale_files(texts: dict[str, str], directory: Path = RULES) -> list[str]:
     """Return the names of the files that differ from those on disk."""
     there = present(directory)
-    return sorted(name for name in there.keys() | files.keys() if there.get(name) != files.get(name))
+    return sorted(name for name in there.keys() | texts.keys() if there.get(name) != texts.get(name))
 
 
-def _staged(files: dict[str, str], directory: Path) -> Path:
+def _staged(texts: dict[str, str], directory: Path) -> Path:
     """Write files into a directory beside the real one, in place of what an interrupted one has left; return it."""
     directory.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     staged = directory.with_name(f"{directory.name}.new")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(mode=0o755)
-    for name, content in files.items():
-        snapshot.replace(staged / name, content, mode=0o644)
+    for name, content in texts.items():
+        files.replace(staged / name, content, mode=0o644)
     return staged
 
 
@@ -274,8 +274,7 @@ def unload() -> None:
     """Take the table away, and say that this is on purpose, after a last snapshot."""
     with turn():
         try:
-            if live():
-                log.info("snapshot %s", snapshot.save())
+            log.info("snapshot %s", snapshot.save())
         except (nft.NftError, OSError) as err:
             log.error("no last snapshot: %s", err)
         LOADED.unlink(missing_ok=True)
@@ -306,7 +305,7 @@ def _record(script: str, new: Objects) -> None:
         "static": static,
         "fingerprint": netlink.Kernel().fingerprint(static),
     }
-    snapshot.replace(LOADED, json.dumps(record))
+    files.replace(LOADED, json.dumps(record))
 
 
 def loaded() -> dict[str, Any]:

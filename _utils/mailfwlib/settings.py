@@ -147,7 +147,7 @@ def _changed_services(value: Any) -> dict[str, Any]:
     for name, entry in value.items():
         try:
             _choice(*LOGIN_SERVICES)(name)
-            changed[name] = _changed_service(entry)
+            changed[name] = _CHANGED_SERVICE(entry)
         except _NestedError as err:
             problems.extend((f":{name}{rest}", inner, sentence) for rest, inner, sentence in err.problems)
         except ValueError as err:
@@ -158,21 +158,24 @@ def _changed_services(value: Any) -> dict[str, Any]:
     return changed
 
 
-def _changed_service(entry: Any) -> Any:
-    if entry is False:
-        return False
-    if not isinstance(entry, dict):
-        raise ValueError("expected false or a mapping such as {port: 2587}")
-    return _nested(entry, {"port": Option(_whole(1, 65535), None, "the TCP port of the service")})
+def _false_or(schema: dict[str, Any], example: str) -> Callable[[Any], Any]:
+    """Return a parser for ``false`` or a mapping with the keys of ``schema``."""
+
+    def parse_either(value: Any) -> Any:
+        if value is False:
+            return False
+        if not isinstance(value, dict):
+            raise ValueError(f"expected false or a mapping such as {example}")
+        problems: list[tuple[str, Any, str]] = []
+        parsed = _walk(value, schema, "", problems)
+        if problems:
+            raise _NestedError(problems)
+        return parsed
+
+    return parse_either
 
 
-def _nested(value: Any, schema: dict[str, Any]) -> Settings:
-    """Return the parsed values of a mapping that stands where other values may stand, too."""
-    problems: list[tuple[str, Any, str]] = []
-    parsed = _walk(value, schema, "", problems)
-    if problems:
-        raise _NestedError(problems)
-    return parsed
+_CHANGED_SERVICE = _false_or({"port": Option(_whole(1, 65535), None, "the TCP port of the service")}, "{port: 2587}")
 
 
 def _bit(value: Any) -> int:
@@ -196,26 +199,10 @@ _NETWORK_COUNTING = {
 }
 
 
-def _counted_networks(value: Any) -> Any:
-    if value is False:
-        return False
-    if not isinstance(value, dict):
-        raise ValueError("expected false or a mapping such as {rate: 100/minute, ipv4_prefix: 24, ipv6_prefix: 48}")
-    return _nested(value, _NETWORK_COUNTING)
-
-
 _LOGGING = {
     "rate": Option(parse.rate, "10/minute", "lines for each kind of decision"),
     "group": Option(_whole(0, 65535), None, "an nflog group instead of the kernel's log"),
 }
-
-
-def _logging(value: Any) -> Any:
-    if value is False:
-        return False
-    if not isinstance(value, dict):
-        raise ValueError("expected false or a mapping such as {rate: 10/minute}")
-    return _nested(value, _LOGGING)
 
 
 _NETWORK_LISTS = {
@@ -237,7 +224,11 @@ SCHEMA: dict[str, Any] = {
         "burst": Option(_whole(1, 10000), 20, "connections that a quiet source may open at once"),
         "period": Option(parse.duration, "1h", "how long a source above the rate is banned"),
         "ipv6_prefix": Option(_whole(32, 128), 64, "an IPv6 source is a prefix of this length"),
-        "networks": Option(_counted_networks, False, "count whole networks as well"),
+        "networks": Option(
+            _false_or(_NETWORK_COUNTING, "{rate: 100/minute, ipv4_prefix: 24, ipv6_prefix: 48}"),
+            False,
+            "count whole networks as well",
+        ),
     },
     "trusted": {
         "period": Option(parse.duration, "1d", "how long a login is trusted"),
@@ -257,7 +248,7 @@ SCHEMA: dict[str, Any] = {
         "blocked": Option(_choice("drop", "reject"), "drop", "what a blocked source gets"),
         "untrusted": Option(_choice("hold", "reject", "drop"), "hold", "what a source that is not trusted gets"),
     },
-    "log": Option(_logging, {}, "log bans and refusals, at a limited rate"),
+    "log": Option(_false_or(_LOGGING, "{rate: 10/minute}"), {}, "log bans and refusals, at a limited rate"),
     "sizes": {
         "trusted": Option(_whole(1, 2**24), 2_000_000, "elements of the trusted sets: addresses times ports"),
         "banned": Option(_whole(1, 2**24), 65536, "banned sources, for each role and family"),

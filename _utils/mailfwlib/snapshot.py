@@ -8,14 +8,13 @@ believed as a whole, or not at all.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from mailfwlib import nft
+from mailfwlib import files, nft
 
 PATH = Path("/var/lib/mailfw/snapshot")
 FIRST_LINE = "mailfw snapshot 1"
@@ -44,8 +43,13 @@ Elements = dict[str, list[Element]]
 
 
 def current() -> Elements:
-    """Return the elements that are loaded now and worth keeping. Lists those sets. Raises NftError."""
+    """Return the elements that are loaded now and worth keeping. Lists those sets.
+
+    Raises NftError, also when no table is loaded: that nobody is trusted is not what such a host knows.
+    """
     names = re.findall(r"^\tset (\S+) \{$", nft.table(), re.M)
+    if not names:
+        raise nft.NftError("no rules are loaded")
     now = time.time()
     return {name: [_element(one, now) for one in nft.elements(name)] for name in names if KEPT.fullmatch(name)}
 
@@ -118,29 +122,8 @@ def save(path: Path = PATH) -> str:
             return f"unchanged, {count} elements"
     except (OSError, ValueError):
         pass
-    replace(path, text(elements))
+    files.replace(path, text(elements))
     return f"written, {count} elements"
-
-
-def replace(path: Path, content: str, mode: int = 0o600) -> None:
-    """Replace a file at once."""
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as stream:
-            os.fchmod(stream.fileno(), mode)
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        fresh.replace(path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def load(path: Path = PATH) -> Elements:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mailfwlib import ruleset, snapshot
+from mailfwlib import files, ruleset, snapshot
 from support.agent import KEY, Agent
 from support.firewall import Firewall
 from support.net import Client, Host, until
@@ -176,7 +176,7 @@ def test_downtime_counts(installed: Firewall, host: Host) -> None:
         "blocked_ipv4": [snapshot.Element("192.0.2.9", None, None)],
     }
     flush(installed)
-    host.call(snapshot.replace, snapshot.PATH, snapshot.text(elements))
+    host.call(files.replace, snapshot.PATH, snapshot.text(elements))
     tool(host, "load")
     assert list(installed.elements("trusted_ipv4")) == ["192.0.2.1 . 587"]
     assert 590 < installed.elements("trusted_ipv4")["192.0.2.1 . 587"] <= 600
@@ -238,6 +238,17 @@ def test_snapshot_is_written_only_when_something_changed(installed: Firewall, ho
     assert host.call(snapshot.PATH.stat).st_ino == inode
     installed.trust("192.0.2.1", seconds=7200)
     assert "written, 7 elements" in tool(host, "save")
+
+
+def test_snapshot_is_kept_while_no_rules_are_loaded(installed: Firewall, host: Host) -> None:
+    installed.trust("192.0.2.1")
+    tool(host, "save")
+    flush(installed)
+    done = host.run("/usr/lib/mailfw/mailfw-rules", "save", check=False)
+    assert (done.returncode, done.stderr) == (1, "mailfw-rules save: no rules are loaded\n")
+    tool(host, "unload")
+    tool(host, "load")
+    assert "192.0.2.1 . 587" in installed.elements("trusted_ipv4")
 
 
 def test_snapshot_is_readable_by_root_only(installed: Firewall, host: Host) -> None:

@@ -172,6 +172,7 @@ def test_a_block_of_an_ipv6_address_takes_its_prefix_and_ends(fleet: Fleet, mx1:
     assert fleet.call(mx1, "mailfw.block", "2001:db8:9:9::1", period="1d") == {
         "blocked": "2001:db8:9:9::",
         "period": "1d",
+        "sessions_ended": 0,
     }
     assert "refused" in fleet.call(mx1, "mailfw.check", "2001:db8:9:9::2")["services"]["imap"]
     assert fleet.call(mx1, "mailfw.unblock", "2001:db8:9:9:8::")["was_blocked"] is True
