@@ -422,6 +422,10 @@ def test_fast_open(firewall: Firewall, host: Host) -> None:
 
 
 LIMITED: dict[str, Any] = {"autoban": {"rate": "2/hour", "burst": 2}}
+#: Where only one direction is not tracked, the server's answers still count.
+ANSWERS_UNTRACKED = (
+    "table ip raw { chain out { type filter hook output priority raw; tcp sport { 993, 143 } notrack; }; }"
+)
 
 
 @pytest.mark.parametrize("name", ["nothing", "a mark", "notrack"])
@@ -429,10 +433,21 @@ def test_limits_fail_as_the_warnings_say(firewall: Firewall, host: Host, alice: 
     firewall.load(**LIMITED)
     if name != "nothing":
         firewall.run(OTHER[name][0])
+    if name == "notrack":
+        firewall.run(ANSWERS_UNTRACKED)
     assert bool(said(firewall, host)) == (name != "nothing")
     answers = [alice.connect(993, alice.ipv4[0]) for _ in range(6)]
     assert answers[:2] == ["open", "open"]
     assert (answers[-1] == "open") == (name != "nothing")
+
+
+def test_source_counts_once_where_only_answers_are_tracked(firewall: Firewall, alice: Client) -> None:
+    """Conntrack finds the SYN/ACK invalid there; it counts for nobody, or forged SYNs would."""
+    firewall.load(**LIMITED)
+    firewall.run(OTHER["notrack"][0])
+    answers = [alice.connect(993, alice.ipv4[0]) for _ in range(4)]
+    assert answers[:2] == ["open", "open"]
+    assert "open" not in answers[2:]
 
 
 def test_big_sets_cost_nothing(firewall: Firewall, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
