@@ -131,7 +131,7 @@ FORGET = """
 for set in $(nft -t list sets | awk '/^\\tset (trusted|banned|rate|waiting)_/ && !/networks/ { print $2 }'); do
   nft flush set inet mailfw $set
 done
-exec python3 -c '
+exec python3 -IB -c '
 import sys
 sys.path.insert(0, "/usr/lib/mailfw")
 from mailfwlib import client
