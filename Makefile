@@ -1,13 +1,14 @@
 # make demo   shows the main job on booted hosts, and leaves them up
 # make test   runs every test, from a bare Debian machine, as root
 # Single suites: make lint unit functional integration system
-# make bench  measures what the rules cost
+# make bench  measures what the rules cost, and what applying and keeping them takes
+# Single benchmarks: make bench-cost bench-scale
 SHELL := /bin/bash
 export MAILFW_CACHE ?= /var/cache/mailfw
 VENV := $(MAILFW_CACHE)/venv-$(shell sha256sum pyproject.toml | cut -c1-12)
 PYTEST := TMPDIR=/tmp $(VENV)/bin/pytest
 
-.PHONY: demo test lint unit functional integration system bench packages clean
+.PHONY: demo test lint unit functional integration system bench bench-cost bench-scale packages clean
 
 demo: packages $(VENV)/done
 	test/lab/lab up
@@ -27,10 +28,18 @@ lint: $(VENV)/done
 unit functional integration system: $(VENV)/done
 	$(PYTEST) test/$@
 
-# What the rules cost, in connections and packets; about a quarter of an hour, on a machine that does nothing else.
-bench: $(VENV)/done
+# A quarter of an hour for each, on a machine that does nothing else. BENCH is for the options of a single one.
+bench: bench-cost bench-scale
+
+# What the rules cost, in connections and packets.
+bench-cost: $(VENV)/done
 	test/bench/install-packages
 	$(VENV)/bin/python test/bench/cost.py $(BENCH)
+
+# What applying rules and keeping elements takes, by the number of elements.
+bench-scale: $(VENV)/done
+	test/bench/install-packages
+	$(VENV)/bin/python test/bench/scale.py --picture docs/scale.svg $(BENCH)
 
 packages:
 	test/install-packages

@@ -13,6 +13,7 @@ import glob
 import json
 import logging
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -197,8 +198,27 @@ def save_settings(login_users=("dovecot",), test=False):
         "id": __opts__["id"],
         "login_users": list(login_users),
         "salt_helper": [sys.executable, SALT_HELPER, configuration],
+        "report_secret": report_secret() or secrets.token_hex(32),
     }
     return _replace(SETTINGS, json.dumps(wanted, indent=1, sort_keys=True) + "\n", 0o600, test)
+
+
+def report_secret():
+    """
+    Return the secret under which this host's Dovecot reports logins to its agent; empty before the first
+    ``state.apply mailfw``. Called by the state that writes Dovecot's configuration: whoever has it can have any
+    address trusted on this host.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call mailfw.report_secret
+    """
+    try:
+        return _host_settings()["host"].get("report_secret", "")
+    except (CommandExecutionError, ValueError, LookupError):
+        return ""
 
 
 def _address(value):
@@ -241,7 +261,8 @@ def _roles(role):
 
 def _run(script):
     try:
-        nft.run(script)
+        with ruleset.turn():  # An applier may be carrying elements to a set that it makes anew.
+            nft.run(script)
     except nft.NftError as err:
         raise CommandExecutionError(str(err)) from err
 
@@ -464,7 +485,7 @@ def open_(period, reason="through Salt"):
         For how long, at most ``7d``.
 
     reason
-        Why, for whoever looks at the status or the log.
+        Why, for whoever looks at the status or the log; at most 200 bytes.
 
     CLI Example:
 
@@ -472,7 +493,11 @@ def open_(period, reason="through Salt"):
 
         salt mx1 mailfw.open 2h reason="locked out, see ticket 17"
     """
-    return {"open": _break_glass(f"{_period(period)}s", str(reason))}
+    try:
+        arguments = breakglass.arguments(period, reason)
+    except ValueError as err:
+        raise SaltInvocationError(str(err)) from err
+    return {"open": _break_glass(*arguments)}
 
 
 def close():
@@ -489,7 +514,12 @@ def close():
 
 
 def _break_glass(*arguments):
-    done = subprocess.run([breakglass.TOOL, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    command = [breakglass.TOOL, *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=False)
+    except OSError as err:
+        missing = f"{breakglass.TOOL}: {err.strerror}; run 'state.apply mailfw' on this host first"
+        raise CommandExecutionError(missing) from err
     if done.returncode:
         raise CommandExecutionError(done.stderr.strip())
     return done.stdout.strip()

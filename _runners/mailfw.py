@@ -1,5 +1,6 @@
 """
-The fleet of mail hosts, seen from the master: takes the logins that mail hosts announce and publishes them to all.
+The fleet of mail hosts, seen from the master: takes the logins that mail hosts announce and publishes them to all, and
+is the way out for all of them.
 
 The fleet's keys are in the master's configuration (``mailfw:keys`` in ``master.d/mailfw.conf``, written by the state
 ``mailfw.reactor``). What is not signed under one of them is dropped here already, and a minion is a mail host of the
@@ -16,13 +17,14 @@ import time
 
 import salt.client
 import salt.utils.files
-from salt.exceptions import SaltInvocationError
+from salt.exceptions import CommandExecutionError, SaltInvocationError
 
-from mailfwlib import messages
+from mailfwlib import breakglass, messages
 
 log = logging.getLogger(__name__)
 
 __virtualname__ = "mailfw"
+__func_alias__ = {"open_": "open"}
 
 #: Seconds in which messages are collected into one job, once the first of a quiet period has been published.
 WINDOW = 0.25
@@ -33,6 +35,8 @@ MOST_WAITING = 5000
 MOST_LOGINS = 200_000
 #: Seconds without a word after which a minion is no mail host any more; each has something to ask every ten minutes.
 LONGEST_SILENCE = 7 * 86400
+#: Seconds that an operator waits for the hosts' answers, unless salt-run or the master's configuration says longer.
+PATIENCE = 10
 #: Who signs what the master tells. Not its id: Salt puts the asking minion's there, and that would be an echo to it.
 SENDER = "/master"
 
@@ -107,12 +111,12 @@ def _publish_waiting():
     """Publish what waits, unless another call is doing so already: that one will find this message, too."""
     jobs = 0
     with open(os.path.join(__opts__["cachedir"], "mailfw.lock"), "a", encoding="ascii") as lock:
-        while _take(peek=True):
+        while _waiting():
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return "published by another call"
-            while some := _take():
+            while some := _take_waiting():
                 _publish(some)
                 jobs += 1
                 time.sleep(WINDOW)
@@ -120,23 +124,31 @@ def _publish_waiting():
     return f"published in {jobs} jobs"
 
 
-def _take(peek=False):
-    """Return the messages for one job and take them out of the waiting ones, unless this is only a peek."""
+def _waiting():
+    """Return how many messages wait."""
+    with _database() as database:
+        return database.execute("SELECT count(*) FROM waiting").fetchone()[0]
+
+
+def _take_waiting():
+    """Take the messages for one job out of the waiting ones, and return them."""
     with _database() as database:
         found = database.execute(
             "SELECT rowid, message FROM waiting ORDER BY rowid LIMIT ?", (MOST_IN_A_JOB,)
         ).fetchall()
-        if not peek:
-            database.executemany("DELETE FROM waiting WHERE rowid = ?", [(rowid,) for rowid, _ in found])
+        database.executemany("DELETE FROM waiting WHERE rowid = ?", [(rowid,) for rowid, _ in found])
     return [message for _, message in found]
 
 
 def _publish(some):
+    with salt.client.get_local_client(mopts=__opts__) as client:
+        client.run_job(_mail_hosts(), "mailfw.receive", arg=[some], tgt_type="list", ret="", timeout=5)
+
+
+def _mail_hosts():
     with _database() as database:
         found = database.execute("SELECT id FROM hosts WHERE seen > ?", (time.time() - LONGEST_SILENCE,)).fetchall()
-    hosts = [host for (host,) in found]
-    with salt.client.get_local_client(mopts=__opts__) as client:
-        client.run_job(hosts, "mailfw.receive", arg=[some], tgt_type="list", ret="", timeout=5)
+    return [host for (host,) in found]
 
 
 def trusts(request):
@@ -168,3 +180,68 @@ def trusts(request):
         messages.sign(SENDER, messages.new_nonce(), dict(found[start : start + messages.MOST_LOGINS]), keys[0])
         for start in range(0, len(found), messages.MOST_LOGINS)
     ]
+
+
+def open_(period, reason="through Salt"):
+    """
+    Open every guarded port of all mail hosts for everyone, for some time: the way out when mailfw is at fault.
+
+    Returns what each host says: until when it is open, and why. Hosts that fail, and those that do not answer within
+    ten seconds (``salt-run -t 60`` waits longer), are named, and salt-run's exit status is 1 then. A host that was only
+    cut off may still open once it is back.
+
+    period
+        For how long, at most ``7d``.
+
+    reason
+        Why, for whoever looks at a host's status or log; at most 200 bytes.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-run mailfw.open 2h "nobody can log in"
+    """
+    try:
+        seconds, why = breakglass.arguments(period, reason)
+    except ValueError as err:
+        # Not SaltInvocationError: it is a TypeError too, with which salt-run's exit status is 0.
+        raise CommandExecutionError(str(err)) from None
+    log.warning("mailfw: all mail hosts are opened for %s: %s", seconds, why)
+    return _tell_all("mailfw.open", {"period": seconds, "reason": why})
+
+
+def close():
+    """
+    End on all mail hosts what :py:func:`open` began, or ``mailfw-open`` there. Returns what that does.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-run mailfw.close
+    """
+    log.warning("mailfw: all mail hosts are closed again")
+    return _tell_all("mailfw.close", {})
+
+
+def _tell_all(function, arguments):
+    """Call a function on all mail hosts, with one job; return who said what, who failed, and who did not answer."""
+    hosts = _mail_hosts()
+    if not hosts:
+        raise CommandExecutionError("mailfw: this master knows no mail host: none has signed anything for seven days")
+    # By name: Salt would take a reason such as "ticket=17" for a named argument.
+    with salt.client.get_local_client(mopts=__opts__) as client:
+        answers = client.cmd_full_return(
+            hosts, function, kwarg=arguments, tgt_type="list", timeout=max(PATIENCE, __opts__["timeout"])
+        )
+    done, failed = {}, {}
+    for host, answer in answers.items():
+        said = answer["ret"]
+        if isinstance(said, dict) and "open" in said:
+            done[host] = said["open"]
+        else:
+            failed[host] = said
+    silent = sorted(set(hosts) - answers.keys())
+    # Salt makes retcode the exit status.
+    return {"hosts": done, "failed": failed, "no answer": silent, "retcode": int(bool(failed or silent))}

@@ -13,6 +13,7 @@ request                            who may      what it does
 ``receive`` message                root         trusts the addresses that a signed message announces
 ``remember`` address ports until   root         never shortens a trust that an operator has given
 ``forget`` address                 root         takes an address for one that never logged in
+``again`` since                    root         trusts again who has logged in since then (Unix time)
 ``status``                         root         reports as JSON
 =================================  ===========  =====================================================
 """
@@ -36,8 +37,10 @@ from typing import Any, Callable
 
 from mailfwlib import __version__, client, elements, messages, nft, parse
 from mailfwlib.announcer import Announcer
+from mailfwlib.journal import DIRECTORY, Journal
 from mailfwlib.keeper import Keeper
 from mailfwlib.parse import Address
+from mailfwlib.reports import Reports
 from mailfwlib.settings import ROLES, Settings, login_ports
 
 SETTINGS = Path("/etc/mailfw/settings.json")
@@ -73,9 +76,13 @@ class Agent:
         #: When a trust ends that an operator gave, or that outlasts a login's: a login does not shorten it.
         self._given: dict[tuple[Address, int], float] = {}
         #: When an operator ended a trust: the master still tells of the logins before that.
-        self._ended: dict[Address, float] = {}
+        self._ended_journal = Journal(DIRECTORY / "ended", MOST_LOGINS)
+        self._ended = {
+            key: at for key, at in self._ended_journal.load().items() if at > time.time() - messages.OLDEST_LOGIN
+        }
         self.settings: Settings = {}
         self.counts = {"logins": 0, "received": 0, "refused": 0}
+        self._reports: Reports | None = None
         self.refresh_settings()
         self.announcer = Announcer(lambda: self.settings)
         #: Repairs of the rules that the keeper has made: since when elements may be missing, and what was altered.
@@ -97,7 +104,8 @@ class Agent:
                 self._note(parse.address(address), int(port), now + element.get("expires", parse.LONGEST))
 
     def _note(self, key: Address, port: int, until: float) -> None:
-        if until > time.time() + self.settings["trusted"]["period"]:
+        beyond = until > time.time() + self.settings["trusted"]["period"]
+        if beyond or port not in elements.ports_for_login(key, self.settings):
             self._given[key, port] = until
         else:
             self._remember(key, max(until, self._earned.get(key, 0.0)))
@@ -132,6 +140,9 @@ class Agent:
         if verb == "forget" and root and len(arguments) == 1:
             self._forget(parse.address(arguments[0]))
             return ""
+        if verb == "again" and root and len(arguments) == 1:
+            self._trust_again(float(arguments[0]))
+            return ""
         if verb == "status" and root and not arguments:
             return json.dumps(self.status())
         self._complain(f"request {uid}", f"uid {uid} asked for {verb!r:.40}, which is not for it or not known")
@@ -143,7 +154,7 @@ class Agent:
         except ValueError as err:
             raise RefusedError(f"{address_text!r:.60}: {err}") from err
         reason = elements.never_trusted(address, self.settings) or _own_address(address)
-        ports = [] if reason else elements.ports_for_login(address, self.settings)
+        ports = [] if reason else self._ports(address)
         if not ports:
             return (
                 f"{address} is not trusted: {reason or 'no mailfw:trusted network admits it, and the mode is private'}"
@@ -157,6 +168,17 @@ class Agent:
             self.announcer.announce(elements.trusted_key(address, self.settings), now)
         return f"{address} is trusted"
 
+    def _ports(self, address: Address) -> list[int]:
+        """Return the ports that a login opens, and those where it renews what an operator has opened."""
+        key, now = elements.trusted_key(address, self.settings), time.time()
+        opened = elements.ports_for_login(address, self.settings)
+        renewed = [
+            port
+            for port in login_ports(self.settings)
+            if port not in opened and self._given.get((key, port), 0.0) > now
+        ]
+        return opened + renewed
+
     def _trust(self, address: Address, ports: list[int], until: float) -> None:
         """Put a login's trust into the kernel's sets. Raises RefusedError."""
         key, now = elements.trusted_key(address, self.settings), time.time()
@@ -169,6 +191,8 @@ class Agent:
                 self._nft.run(elements.unban(address, ROLES, self.settings))
             raise RefusedError(f"{address} cannot be trusted: {err}") from err
         self._remember(key, until)
+        for given in [(key, port) for port in ports if (key, port) in self._given]:
+            self._given[given] = max(until, self._given[given])
 
     def _remember(self, key: Address, until: float) -> None:
         self._earned.pop(key, None)
@@ -176,7 +200,28 @@ class Agent:
         if len(self._earned) > MOST_LOGINS:
             del self._earned[next(iter(self._earned))]
 
-    def after_repairs(self) -> None:
+    def now_and_then(self) -> None:
+        """Do what no request asks for."""
+        self.refresh_settings()
+        self._listen_for_reports()
+        self._after_repairs()
+
+    def _listen_for_reports(self) -> None:
+        """Have reports taken on the port of the settings, and on no other."""
+        wanted = self.settings.get("reports") or {}
+        if self._reports and self._reports.port != wanted.get("port"):
+            self._reports.stop()
+            self._reports = None
+        if wanted and not self._reports:
+            try:
+                self._reports = Reports(wanted["port"], self._report_secret, _report)
+            except OSError as err:
+                self._complain("reports", f"port {wanted['port']} of loopback, where Dovecot reports logins: {err}")
+
+    def _report_secret(self) -> str:
+        return str(self.settings["host"].get("report_secret", ""))
+
+    def _after_repairs(self) -> None:
         """Trust again who has logged in since the snapshot that a repair restored, and tell of it."""
         while not self._repairs.empty():
             since, altered = self._repairs.get()
@@ -192,7 +237,7 @@ class Agent:
         recent = [(key, until) for key, until in self._earned.items() if until > now and until - period >= since - 1]
         for key, until in recent:
             with contextlib.suppress(RefusedError):
-                self._trust(key, elements.ports_for_login(key, self.settings), until)
+                self._trust(key, self._ports(key), until)
         for key in [key for key, at in self._ended.items() if at >= since - 1 and key not in self._earned]:
             self._nft.run(elements.untrust(key, login_ports(self.settings), self.settings))
         for (key, port), until in list(self._given.items()):
@@ -204,6 +249,7 @@ class Agent:
         self._ended[key] = time.time()
         if len(self._ended) > MOST_LOGINS:
             del self._ended[next(iter(self._ended))]
+        self._ended_journal.append(key, self._ended[key], lambda: self._ended)
         for port in [port for address, port in self._given if address == key]:
             del self._given[key, port]
 
@@ -235,7 +281,7 @@ class Agent:
             return False
         if elements.never_trusted(address, self.settings) or _own_address(address):
             return False
-        ports = elements.ports_for_login(address, self.settings)
+        ports = self._ports(address)
         if not ports:
             return False
         try:
@@ -379,6 +425,12 @@ def _listener() -> socket.socket:
     return socket.socket(fileno=3)
 
 
+def _report(address: str, user: str) -> None:
+    """Have a login that Dovecot has reported trusted, by the same request as any other."""
+    with contextlib.suppress(client.AgentError):
+        client.ask("login", address, user)
+
+
 def _notify(state: str) -> None:
     """Tell systemd (sd_notify(3))."""
     path = os.environ.get("NOTIFY_SOCKET")
@@ -403,7 +455,7 @@ def main() -> int:
     agent.keeper.start()
     _notify("READY=1")
     log.info("mailfw-agent %s ready", __version__)
-    server.serve(agent.after_repairs)
+    server.serve(agent.now_and_then)
     agent.keeper.stop()
     agent.announcer.stop()
     return 0

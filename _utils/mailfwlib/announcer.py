@@ -1,7 +1,8 @@
 """Telling the fleet of logins: a thread that signs them, and a helper process with Salt's Python that fires events.
 
 ``event.send`` returns True even when the event is lost, so a message counts as delivered only when its echo comes
-back: the master publishes every message to all mail hosts, its sender included. Until then it is sent again.
+back: the master publishes every message to all mail hosts, its sender included. Until then it is sent again, and kept
+in a journal that outlives the agent.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mailfwlib import messages
+from mailfwlib.journal import DIRECTORY, Journal
 from mailfwlib.parse import Address
 from mailfwlib.settings import Settings
 
@@ -46,6 +48,11 @@ class Announcer:
         self._stopping = False
         self._dropped = 0
         self._last_echo: float | None = None
+        self._journal = Journal(DIRECTORY / "outbox", 2 * MOST_WAITING)
+        for address, at in self._journal.load().items():
+            if at > time.time() - messages.OLDEST_LOGIN:
+                self._put(address, at)
+        self._journal.replace(self._waiting)
         self._thread = threading.Thread(target=self._run, name="announcer", daemon=True)
 
     def start(self) -> None:
@@ -64,6 +71,7 @@ class Announcer:
         """Have a login announced. Returns at once."""
         with self._wake:
             self._put(address, at)
+            self._journal.append(address, at, self._unanswered)
             self._wake.notify()
 
     def tell(self, tag: str, data: dict[str, Any]) -> None:
@@ -82,8 +90,15 @@ class Announcer:
     def status(self) -> dict[str, Any]:
         """Return how many logins have had no echo so far, how many were dropped, and when the last echo came."""
         with self._wake:
-            outbox = len(self._waiting) + sum(len(logins) for logins, _ in self._sent.values())
+            outbox = len(self._unanswered())
             return {"outbox": outbox, "dropped": self._dropped, "last_echo": self._last_echo}
+
+    def _unanswered(self) -> dict[Address, float]:
+        """Return the logins that have had no echo so far."""
+        found: dict[Address, float] = {}
+        for logins, _ in self._sent.values():
+            found.update(logins)
+        return {**found, **self._waiting}
 
     def _put(self, address: Address, at: float) -> None:
         at = max(at, self._waiting.pop(address, 0.0))
@@ -115,6 +130,8 @@ class Announcer:
             while not self._waiting and not self._events and not self._stopping:
                 self._wake.wait(timeout=1.0)
                 self._take_back_unanswered()
+                if not self._waiting and not self._sent:
+                    self._journal.clear()
             return bool(self._waiting or self._events)
 
     def _take_back_unanswered(self) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
-from mailfwlib import nft
+from mailfwlib import nft, parse
 
-#: Written by mailfw-open: when it ends, in Unix time, and why.
 TOOL = "/usr/sbin/mailfw-open"
+#: Written by mailfw-open: when it ends, in Unix time, and why.
 STATE = Path("/var/lib/mailfw/open")
 SET = "break_glass"
+#: What mailfw-open takes at most: seconds, and bytes of a reason.
+LONGEST = 7 * parse.DURATION_UNITS["d"]
+LONGEST_REASON = 200
 
 
 class Opening(NamedTuple):
@@ -38,6 +41,20 @@ def sentence(now: float) -> str:
         return ""
     until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.ends))
     return f"open for everyone until {until}, by mailfw-open: {found.reason}"
+
+
+def arguments(period: Any, reason: Any) -> tuple[str, str]:
+    """Return what mailfw-open is given for a period and a reason; line breaks become blanks. Raises ValueError."""
+    text = " ".join(str(reason).split())
+    if not isinstance(reason, (str, int, float)) or not text.isprintable() or len(text.encode()) > LONGEST_REASON:
+        raise ValueError(f"reason {reason!r:.80}: expected text of at most {LONGEST_REASON} bytes")
+    try:
+        seconds = parse.duration(period)
+    except ValueError:
+        seconds = 0
+    if not 1 <= seconds <= LONGEST:
+        raise ValueError(f"period {period!r:.80}: expected a duration such as 2h, 90m or 1d12h, at most 7d")
+    return f"{seconds}s", text
 
 
 def resumed(now: float) -> str:

@@ -82,7 +82,8 @@ def _networks(texts: Iterable[str], version: int) -> Iterator[Any]:
 def ports_for_login(address: Address, settings: Settings) -> list[int]:
     """Return the ports that a login from ``address`` opens.
 
-    A service in private mode is opened only for what pillar's trusted networks admit already, with its whole prefix.
+    A service in private mode is opened only for what pillar's trusted networks admit already, with its whole prefix,
+    unless ``mailfw:trusted:private`` says otherwise.
     """
     would_be: Any = _trusted_network(address, settings)
     networks = _networks(settings["trusted"][f"networks_{family(address)}"], address.version)
@@ -90,7 +91,7 @@ def ports_for_login(address: Address, settings: Settings) -> list[int]:
     return [
         service["port"]
         for service in settings["services"]
-        if service["login"] and (admitted or service["mode"] != "private")
+        if service["login"] and (admitted or service["mode"] != "private" or settings["trusted"].get("private"))
     ]
 
 

@@ -11,12 +11,14 @@ import json
 import os
 import re
 import subprocess
-from typing import Any
+from typing import IO, Any
 
 TABLE = "inet mailfw"
 
 #: nft can hang only on a kernel that does not answer; no caller waits longer than this many seconds for it.
 TIMEOUT = 120
+
+_CLOSE_ON_EXEC, _NEVER_EXECUTED = 1, 8  # <linux/memfd.h>
 
 
 class NftError(RuntimeError):
@@ -26,6 +28,10 @@ class NftError(RuntimeError):
         #: ENFILE is what the kernel says of an element that does not fit (nf_tables_api.c, nft_add_set_elem).
         self.full = os.strerror(errno.ENFILE) in message
         super().__init__(message + ("\nA set is full: see mailfw:sizes." if self.full else ""))
+
+
+class NftKilledError(NftError):
+    """nft was killed, which says nothing about the script; it has happened, all of it, or has not."""
 
 
 def command(*arguments: str, script: str | None = None) -> str:
@@ -81,14 +87,42 @@ def _is_timed(entry: Any) -> bool:
 
 def _run(command_line: list[str], script: str | None) -> str:
     try:
-        done = subprocess.run(command_line, input=script, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        with _in_memory(script or "") as stdin:
+            # What a caller lets its children inherit is kept open: the lock is held as long as nft works.
+            done = subprocess.run(
+                command_line,
+                stdin=stdin,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+                check=False,
+                close_fds=False,
+            )
     except FileNotFoundError as err:
         raise NftError(f"{err.filename}: not installed") from err
     except subprocess.TimeoutExpired as err:
         raise NftError(f"{' '.join(command_line)}: no answer within {TIMEOUT} s") from err
+    if done.returncode < 0:
+        raise NftKilledError(f"{' '.join(command_line)}: killed by signal {-done.returncode}")
     if done.returncode:
         raise NftError(done.stderr.strip() or f"{' '.join(command_line)}: exit status {done.returncode}")
     return done.stdout
+
+
+def _in_memory(text: str) -> IO[str]:
+    """Return a file without a disk. Of a pipe, nft would take a part for the whole if this process were killed."""
+    memfd_create = ctypes.CDLL(
+        None, use_errno=True
+    ).memfd_create  # Python's own lacks where it was built for old systems.
+    descriptor = memfd_create(b"nft", _CLOSE_ON_EXEC | _NEVER_EXECUTED)
+    if descriptor < 0:  # Linux before 6.3
+        descriptor = memfd_create(b"nft", _CLOSE_ON_EXEC)
+    if descriptor < 0:
+        raise NftError(f"memfd_create: {os.strerror(ctypes.get_errno())}")
+    stream = open(descriptor, "w+", encoding="utf-8")  # noqa: SIM115
+    stream.write(text)
+    stream.seek(0)
+    return stream
 
 
 def in_scratch_namespace(script: str, *listings: str) -> str:

@@ -42,7 +42,8 @@ def context(settings: Settings) -> dict[str, Any]:
     ``saddr`` and ``daddr``, how a rule names the client of a packet that comes in or goes out by the prefix that makes
     an IPv6 source, for bans, blocks and rates; ``trusted_saddr`` and ``trusted_daddr``, the same for trust.
     ``meter_timeout``, also that of ``networks``: seconds that a bucket must be kept, since one that is forgotten before
-    it has refilled limits nothing. ``mark`` and ``unmarked``: the bit of the connection mark, and all others.
+    it has refilled limits nothing. ``mark``: the bit of the connection mark of a connection that is to be counted, that
+    of a settled one, both, and all others.
     """
     autoban = settings["autoban"]
     networks, rate = autoban["networks"], autoban["rate"]
@@ -68,10 +69,15 @@ def context(settings: Settings) -> dict[str, Any]:
             "meter_timeout": refill(networks["rate"], networks["rate"]["count"]),
             "mask": {"ipv4": _mask_ipv4(networks["ipv4_prefix"]), "ipv6": parse.mask(networks["ipv6_prefix"])},
         },
-        "mark": f"{settings['mark']:#010x}",
-        "unmarked": f"{settings['mark'] ^ 0xFFFFFFFF:#010x}",
+        "mark": _mark(settings["mark"]),
         "log": settings["log"] and _log_statement(settings["log"], settings["enforce"]),
     }
+
+
+def _mark(bits: int) -> dict[str, str]:
+    counting = bits & -bits
+    parts = {"counting": counting, "settled": bits ^ counting, "both": bits, "others": bits ^ 0xFFFFFFFF}
+    return {name: f"{value:#010x}" for name, value in parts.items()}
 
 
 def _log_statement(log: dict[str, Any], enforce: bool) -> dict[str, str]:

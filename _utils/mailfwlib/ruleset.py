@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mailfwlib import breakglass, elements, files, netlink, nft, parse, snapshot, sockets
+from mailfwlib import breakglass, client, elements, files, netlink, nft, parse, snapshot, sockets
 from mailfwlib.rules import OLDER
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,9 @@ LOCK = "/run/mailfw/apply.lock"
 RULES = Path("/etc/nftables.d/mailfw")
 #: What was loaded last since the host has booted. Its absence says that no rules are wanted.
 LOADED = Path("/run/mailfw/loaded")
+
+#: In the place of a fingerprint that is not known yet, and as long.
+_UNKNOWN = "0" * 64
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 
@@ -103,8 +106,8 @@ def transaction(old: Objects, new: Objects, script: str, carried: str) -> str:
 
     Elements that rules and logins have added stay. ``carried`` adds those again whose set has to be made anew.
     """
-    if not old:
-        return script + "\n" + carried
+    if not old:  # What a killed nft may have loaded meanwhile goes first.
+        return f"table {nft.TABLE}\ndelete table {nft.TABLE}\n{script}\n{carried}"
     lines = [f"flush chain {nft.TABLE} {name}" for kind, name in old if kind == "chain"]
     for kind, name in old:
         if _is_static((kind, name), old) or (kind == "set" and name.startswith(_METERS)):
@@ -169,6 +172,8 @@ def turn(path: str = LOCK) -> Iterator[None]:
     os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
     with open(path, "a", encoding="ascii") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        # The nft of an applier that is killed works on, so it holds the lock, too.
+        os.set_inheritable(lock.fileno(), True)
         yield
 
 
@@ -184,19 +189,23 @@ def apply(script: str) -> str:
     """
     new = _known(script)
     with turn():
-        return _apply(script, new)
+        changed = _apply(script, new)
+        _record(script, new)
+    return changed
 
 
 def _apply(script: str, new: Objects) -> str:
     old = live()
     changed = difference(old, new)
     if changed and old:
-        names = remade(old, new)
+        names, since = remade(old, new), time.time()
         kept = {name: found for name, found in snapshot.current().items() if name in names} if names else {}
         nft.run(transaction(old, new, script, restored(kept, new)))
+        if names:  # Who has logged in since their elements were read is not among those that were carried.
+            with contextlib.suppress(client.AgentError):
+                client.ask("again", str(since))
     elif changed:
         _create(script, new)
-    _record(script, new)
     return changed
 
 
@@ -205,7 +214,10 @@ def _create(script: str, new: Objects) -> None:
     always = older(new) + breakglass.resumed(time.time())
     try:
         recalled = restored(snapshot.fitting(snapshot.load(), sizes(new)), new)
-        nft.run(transaction({}, new, script, always + recalled))
+        try:
+            nft.run(transaction({}, new, script, always + recalled))
+        except nft.NftKilledError:  # The snapshot need not be at fault.
+            nft.run(transaction({}, new, script, always + recalled))
     except (snapshot.SnapshotError, nft.NftError) as err:
         nft.run(transaction({}, new, script, always))
         with contextlib.suppress(OSError):
@@ -220,16 +232,20 @@ def install(texts: dict[str, str], directory: Path = RULES) -> tuple[str, list[s
     """
     script = joined(texts)
     new = _known(script)
+    staged, draft = directory.with_name(f"{directory.name}.new"), LOADED.with_name("loading")
     with turn():
         stale = stale_files(texts, directory)
-        staged = _staged(texts, directory) if stale else None
         try:
+            if stale:
+                _stage(texts, staged)
+            _draft(draft, script, new)
             changed = _apply(script, new)
-            if staged:
+            if stale:
                 _exchange(staged, directory)
+            _confirm(draft)
         finally:
-            if staged:
-                shutil.rmtree(staged, ignore_errors=True)
+            shutil.rmtree(staged, ignore_errors=True)
+            draft.unlink(missing_ok=True)
     return changed, stale
 
 
@@ -249,15 +265,12 @@ def stale_files(texts: dict[str, str], directory: Path = RULES) -> list[str]:
     return sorted(name for name in there.keys() | texts.keys() if there.get(name) != texts.get(name))
 
 
-def _staged(texts: dict[str, str], directory: Path) -> Path:
-    """Write files into a directory beside the real one, in place of what an interrupted one has left; return it."""
-    directory.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    staged = directory.with_name(f"{directory.name}.new")
+def _stage(texts: dict[str, str], staged: Path) -> None:
+    """Write files into a new directory, in place of what an interrupted applier has left."""
     shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(mode=0o755)
+    staged.mkdir(mode=0o755, parents=True)
     for name, content in texts.items():
         files.replace(staged / name, content, mode=0o644)
-    return staged
 
 
 def _exchange(staged: Path, directory: Path) -> None:
@@ -298,14 +311,27 @@ def _key(script: str) -> str:
 
 def _record(script: str, new: Objects) -> None:
     """Leave on this boot's disk what is loaded, for :func:`loaded`."""
+    draft = LOADED.with_name("loading")
+    _draft(draft, script, new)
+    _confirm(draft)
+
+
+def _draft(path: Path, script: str, new: Objects) -> None:
+    """Write a record of what is to be loaded, all but its fingerprint: a full disk shows before the rules change."""
     static = sorted(name for kind, name in new if _is_static((kind, name), new))
-    record = {
-        "key": _key(script),
-        "objects": [[*key, text] for key, text in new.items()],
-        "static": static,
-        "fingerprint": netlink.Kernel().fingerprint(static),
-    }
-    files.replace(LOADED, json.dumps(record))
+    objects = [[*key, text] for key, text in new.items()]
+    record = {"fingerprint": _UNKNOWN, "key": _key(script), "objects": objects, "static": static}
+    files.replace(path, json.dumps(record))
+
+
+def _confirm(draft: Path) -> None:
+    """Make a draft the record of what is loaded. Takes no more room."""
+    with draft.open("r+", encoding="utf-8") as stream:
+        text = stream.read()
+        stream.seek(0)
+        stream.write(text.replace(_UNKNOWN, netlink.Kernel().fingerprint(json.loads(text)["static"]), 1))
+        stream.truncate()
+    draft.replace(LOADED)
 
 
 def loaded() -> dict[str, Any]:

@@ -114,8 +114,11 @@ def _roles(value: Any) -> list[str]:
 
 
 def _key(value: Any) -> str:
+    form = "expected a secret of at least 32 characters, such as 'openssl rand -hex 32' prints"
     if not isinstance(value, str) or len(value) < 32 or not value.isprintable() or not value.isascii():
-        raise ValueError("expected a secret of at least 32 characters, such as 'openssl rand -hex 32' prints")
+        raise ValueError(form)
+    if value != value.strip() or len(set(value)) == 1:
+        raise ValueError(f"{form}; not one character again and again, nor white space around it")
     return value
 
 
@@ -178,9 +181,9 @@ def _false_or(schema: dict[str, Any], example: str) -> Callable[[Any], Any]:
 _CHANGED_SERVICE = _false_or({"port": Option(_whole(1, 65535), None, "the TCP port of the service")}, "{port: 2587}")
 
 
-def _bit(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**32 or value & (value - 1):
-        raise ValueError("expected one bit of 32, such as 0x01000000")
+def _two_bits(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**32 or bin(value).count("1") != 2:
+        raise ValueError("expected two bits of 32, such as 0x03000000")
     return value
 
 
@@ -203,6 +206,9 @@ _LOGGING = {
     "rate": Option(parse.rate, "10/minute", "lines for each kind of decision"),
     "group": Option(_whole(0, 65535), None, "an nflog group instead of the kernel's log"),
 }
+
+
+_REPORTS = {"port": Option(_whole(1024, 65535), 4145, "a port of loopback")}
 
 
 _NETWORK_LISTS = {
@@ -235,6 +241,7 @@ SCHEMA: dict[str, Any] = {
         "timeout": Option(parse.duration, "5h", "default timeout of the trusted sets"),
         "ipv6_prefix": Option(_whole(32, 128), 64, "a login over IPv6 trusts its prefix of this length"),
         **_NETWORK_LISTS,
+        "private": Option(_boolean, False, "true: in private mode a login opens the ports from wherever it comes"),
         "never": Option(
             lambda value: [str(one) for one in _each(parse.network, "addresses or networks")(value)],
             [],
@@ -248,6 +255,7 @@ SCHEMA: dict[str, Any] = {
         "blocked": Option(_choice("drop", "reject"), "drop", "what a blocked source gets"),
         "untrusted": Option(_choice("hold", "reject", "drop"), "hold", "what a source that is not trusted gets"),
     },
+    "reports": Option(_false_or(_REPORTS, "{port: 4145}"), {}, "Dovecot reports logins, Postfix's too, to the agent"),
     "log": Option(_false_or(_LOGGING, "{rate: 10/minute}"), {}, "log bans and refusals, at a limited rate"),
     "sizes": {
         "trusted": Option(_whole(1, 2**24), 2_000_000, "elements of the trusted sets: addresses times ports"),
@@ -257,7 +265,7 @@ SCHEMA: dict[str, Any] = {
         "waiting": Option(_whole(1, 2**24), 65536, "sources that hold keeps waiting, for each family"),
         "observed": Option(_whole(1, 2**24), 65536, "who would have been refused, for each family"),
     },
-    "mark": Option(_bit, 0x01000000, "the bit of the connection mark that mailfw uses"),
+    "mark": Option(_two_bits, 0x03000000, "the two bits of the connection mark that mailfw uses"),
     "fleet": {
         "keys": Option(_each(_key, "secrets"), [], "shared secrets of the mail hosts, newest first"),
     },
@@ -323,6 +331,12 @@ def _conflicts(settings: Settings) -> list[str]:
         name, port = service["name"], service["port"]
         if (other := taken.setdefault(port, name)) != name:
             problems.append(f"mailfw:services:{name}:port: {port}: is the port of {other}; expected one of its own")
+    protected = [one["name"] for one in _services(settings) if one["mode"] == "protected"]
+    if protected and "dovecot" not in settings["roles"] and not settings["fleet"]["keys"]:
+        problems.append(
+            f"mailfw:fleet:keys: []: in mode protected {', '.join(protected)} opens for addresses that have logged in, and "
+            "without the role dovecot nobody logs in on this host; expected a key, under which other hosts tell of logins"
+        )
     for family in ("networks_ipv4", "networks_ipv6"):
         for network in sorted(set(settings["trusted"][family]) & set(settings["blocked"][family])):
             problems.append(f"mailfw:blocked:{family}: '{network}': is also in mailfw:trusted:{family}, which wins")

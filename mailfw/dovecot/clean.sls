@@ -2,7 +2,9 @@
 
 mailfw login hook is not run by Dovecot:
   file.absent:
-    - name: {{ os.dovecot_conf_directory }}/99-mailfw.conf
+    - names:
+      - {{ os.dovecot_conf_directory }}/99-mailfw.conf
+      - /etc/mailfw/dovecot-reports.conf
 
 mailfw login hook is not known to Dovecot:
   cmd.run:

@@ -1,6 +1,8 @@
 # The role's rules are templates beside this file; mailfw.ruleset loads the one of the mode.
-# Here: the hook that Dovecot runs after each login, and the one file of Dovecot's configuration that names it.
-{%- from "mailfw/map.jinja" import os with context %}
+# Here: the hook that Dovecot runs after each login, and the one file of Dovecot's configuration that names it; and the
+# reports of all logins, Postfix's included, on hosts whose Dovecot has no policy server yet: it can have one only.
+{%- from "mailfw/map.jinja" import os, reports with context %}
+{%- set report_port = reports.get("port", 4145) if reports is mapping else 4145 %}
 
 include:
   - mailfw.ruleset
@@ -18,6 +20,27 @@ mailfw login hook is installed:
     - makedirs: True
     - require:
       - mailfw: mailfw settings are saved
+
+{%- if reports is false %}
+
+mailfw agent hears no reports of Dovecot:
+  file.absent:
+    - name: /etc/mailfw/dovecot-reports.conf
+{%- else %}
+
+mailfw agent hears reports of Dovecot:
+  file.managed:
+    - name: /etc/mailfw/dovecot-reports.conf
+    - source: salt://mailfw/dovecot/files/reports.conf.jinja
+    - template: jinja
+    - mode: "0600"
+    - show_changes: False
+    - context:
+        port: {{ report_port }}
+    - unless: doveconf -h auth_policy_server_url | grep -v '^http://127\.0\.0\.1:{{ report_port }}/$' | grep .
+    - require:
+      - mailfw: mailfw settings are saved
+{%- endif %}
 
 mailfw login hook is run by Dovecot:
   file.managed:
@@ -37,10 +60,11 @@ mailfw login hook is known to Dovecot:
     # A configuration that Dovecot refuses would stop it at its next restart, so it does not stay.
     - name: |
         if ! doveconf -n >/dev/null; then
-          rm {{ os.dovecot_conf_directory }}/99-mailfw.conf
+          rm -f {{ os.dovecot_conf_directory }}/99-mailfw.conf /etc/mailfw/dovecot-reports.conf
           echo "Dovecot refuses its configuration, so mailfw's part of it was removed again." >&2
           exit 1
         fi
         systemctl try-reload-or-restart dovecot
     - onchanges:
       - file: mailfw login hook is run by Dovecot
+      - file: mailfw agent hears {{ "no " if reports is false }}reports of Dovecot

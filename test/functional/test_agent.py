@@ -6,12 +6,13 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mailfwlib import client, messages
+from mailfwlib import client, journal, messages, parse
 from mailfwlib.client import AgentError
 from support.agent import HOST_ID, KEY, LOGIN_USER, Agent, signed
 from support.firewall import Firewall
@@ -136,6 +137,37 @@ def test_a_host_that_may_bind_any_address_still_trusts_logins(
         assert trusted(loaded, family)
     finally:
         host.run("sysctl", "-qw", f"{setting}=0")
+
+
+def test_private_mode_may_be_opened_by_logins(firewall: Firewall, host: Host, tmp_path: Path, family: str) -> None:
+    pillar = {"protection": {"type": "private"}, "trusted": {"private": True}}
+    firewall.load(**pillar)
+    with closing(Agent(host, tmp_path, pillar)) as agent:
+        agent.login(ADDRESS[family])
+    assert set(trusted(firewall, family)) == {f"{ELEMENT[family]} . {port}" for port in LOGIN_PORTS}
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_private_mode_renews_what_an_operator_has_opened(
+    firewall: Firewall, host: Host, tmp_path: Path, family: str, restarted: bool
+) -> None:
+    """By logins here and by those that other hosts tell of, and no more than that."""
+    firewall.load(protection={"type": "private"})
+    with closing(Agent(host, tmp_path, {**PILLAR, "protection": {"type": "private"}})) as agent:
+        firewall.trust(ADDRESS[family], 60, [993])
+        agent.ask("remember", ELEMENT[family], "993", str(time.time() + 60))
+        if restarted:
+            agent.restart()
+        assert agent.login(ADDRESS[family]) == f"{ADDRESS[family]} is trusted"
+        (left,) = trusted(firewall, family).values()
+        assert left > DAY - 10
+        firewall.untrust(ADDRESS[family])
+        firewall.trust(ADDRESS[family], 60, [587])
+        agent.ask("forget", ELEMENT[family])
+        agent.ask("remember", ELEMENT[family], "587", str(time.time() + 60))
+        assert agent.ask("receive", signed({ADDRESS[family]: time.time()})) == "1"
+        ((element, left),) = trusted(firewall, family).items()
+        assert (element, left > DAY - 10) == (f"{ELEMENT[family]} . 587", True)
 
 
 def test_private_mode_trusts_only_whom_pillar_admits(
@@ -281,7 +313,7 @@ def test_own_period_counts_not_the_senders(agent: Agent, loaded: Firewall) -> No
 
 
 def test_every_key_of_the_fleet_is_good(agent: Agent) -> None:
-    older = "f" * 32
+    older = KEY[::-1]
     agent.configure({**PILLAR, "fleet": {"keys": [KEY, older]}})
     assert agent.ask("receive", signed({"203.0.113.1": time.time()}, key=older)) == "1"
 
@@ -399,7 +431,69 @@ def test_message_cannot_bring_back_a_trust_that_an_operator_has_ended(agent: Age
     assert agent.ask("receive", signed({"203.0.113.1": time.time()})) == "1"
 
 
+def test_an_end_of_trust_is_remembered_over_a_restart(agent: Agent, loaded: Firewall, family: str) -> None:
+    before = time.time()
+    agent.login(ADDRESS[family])
+    loaded.untrust(ADDRESS[family])
+    agent.ask("forget", ELEMENT[family])
+    agent.kill()
+    agent.start()
+    assert agent.ask("receive", signed({ELEMENT[family]: before})) == "0"
+    assert not trusted(loaded, family)
+
+
 # Start and settings
+
+
+def tells_of(agent: Agent, address: str) -> bool:
+    return any(parse.address(address) in message.logins for message in announced(agent))
+
+
+@pytest.mark.parametrize("ending", ["kill", "stop"])
+def test_what_had_no_echo_is_announced_again_by_the_next_agent(
+    agent: Agent, host: Host, ending: str, family: str
+) -> None:
+    """As often as it takes: nobody but the echo takes it out of the outbox."""
+    agent.login(ADDRESS[family])
+    getattr(agent, ending)()
+    agent.forget_events()
+    for _ in range(2):
+        agent.start()
+        assert agent.status()["outbox"] == 1
+        until(lambda: tells_of(agent, ELEMENT[family]), "announced again")
+        agent.kill()
+        agent.forget_events()
+    agent.start()
+    until(agent.events, "announced again")
+    for event in agent.events():
+        agent.ask("receive", event["data"]["message"])
+    until(lambda: host.call((journal.DIRECTORY / "outbox").read_text) == "", "nothing is kept any more")
+    agent.restart()
+    assert agent.status()["outbox"] == 0
+
+
+RUBBISH = {
+    "bytes": b"\xff\x00",
+    "cut": b"192.0.2.1",
+    "no lines": b"192.0.2.1 nan\n192.0.2.2 inf\nx 1\n\n 3 4 5\n",
+    "zeros": b"0" * 100000,
+}
+
+
+@pytest.mark.parametrize("rubbish", RUBBISH.values(), ids=RUBBISH)
+def test_a_damaged_outbox_is_no_reason_not_to_start(agent: Agent, host: Host, rubbish: bytes) -> None:
+    agent.kill()
+    kept = f"\n198.51.100.9 {time.time():.3f}\n".encode()
+    host.call((journal.DIRECTORY / "outbox").write_bytes, rubbish + kept)
+    agent.start()
+    assert agent.status()["outbox"] == 1
+    until(lambda: tells_of(agent, "198.51.100.9"), "the line that is one is announced")
+
+
+def test_new_settings_are_read_without_a_request(agent: Agent) -> None:
+    """What waits in the outbox goes out under the keys of now."""
+    agent.configure({**PILLAR, "protection": {"type": "private"}})
+    until(lambda: "settings read: mode private" in agent.log(), "the settings are read")
 
 
 def test_agent_learns_from_the_kernel_at_start(agent: Agent, loaded: Firewall, family: str) -> None:

@@ -33,7 +33,7 @@ PILLARS = {mode: {"protection": {"type": mode}} for mode in MODES} | {
         "services": {"pop3": False, "submission": {"port": 2587}},
         "log": {"rate": "3/second", "group": 7},
         "sizes": {"trusted": 1000, "banned": 100, "blocked": 100, "rates": 100, "waiting": 100, "observed": 100},
-        "mark": 0x80000000,
+        "mark": 0x80000001,
     },
     "silent": {"log": False, "reaction": {"banned": "reject", "blocked": "reject", "untrusted": "drop"}},
 }

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from mailfwlib import neighbours
-from mailfwlib.settings import SERVICES
+from mailfwlib import neighbours, nft
+from mailfwlib.settings import SCHEMA, SERVICES
 from support.firewall import Firewall
 from support.net import Client, Host
 
+BITS = SCHEMA["mark"].default
 PORTS = [service.port for service in SERVICES.values()]
 NOT_OVERRIDDEN = "accepting in mailfw does not override another table's drop"
 #: Reading mail is open and submission is for those who are trusted; others are told so at once.
@@ -235,6 +236,23 @@ CERTAIN: dict[str, tuple[str, str]] = {
         drops(ALL_BUT_IMAPS, "by a rule", "inet firewalld", "filter_INPUT").replace("drops", "rejects"),
     ),
 }
+CLIENTS_UNTRACKED = """
+table ip raw {
+	chain pre {
+		type filter hook prerouting priority raw; policy accept;
+		udp dport 53 notrack
+		tcp dport { 993, 143 } notrack
+	}
+}
+"""
+ANSWERS_UNTRACKED = """
+table ip raw {
+	chain out {
+		type filter hook output priority raw; policy accept;
+		tcp sport { 993, 143 } notrack
+	}
+}
+"""
 #: Rules, and the sentences about them.
 OTHER: dict[str, tuple[str, list[str]]] = {
     "accepts": (input_chain("tcp dport 1-65535 accept"), []),
@@ -258,18 +276,34 @@ OTHER: dict[str, tuple[str, list[str]]] = {
         "table inet mangle {\n chain pre {\n type filter hook prerouting priority mangle; policy accept;\n"
         " tcp dport 993 ct mark set 0x1\n tcp dport 143 ct mark set meta mark\n }\n}",
         [
-            f"table inet mangle, chain pre {verb} bit 0x01000000 of the connection mark of {service}: mailfw remembers "
-            "there what it has to count, so its limits fail open; keep the bit in that rule (ct mark set ct mark & "
-            "0x01000000 | ...), or give mailfw:mark another one"
+            f"table inet mangle, chain pre {verb} bits {BITS:#010x} of the connection mark of {service}: mailfw "
+            "remembers there what it has to count, so its limits fail open; keep these bits in that rule (ct mark "
+            f"set ct mark & {BITS:#010x} | ...), or give mailfw:mark others"
             for verb, service in (("changes", "imaps (993)"), ("may change", "imap (143)"))
         ],
     ),
     "notrack": (
-        "table ip raw {\n chain pre {\n type filter hook prerouting priority raw; policy accept;\n"
-        " udp dport 53 notrack\n tcp dport { 993, 143 } notrack\n }\n}",
+        CLIENTS_UNTRACKED + ANSWERS_UNTRACKED,
         [
-            "table ip raw, chain pre keeps imap (143) and imaps (993) from being tracked (notrack): mailfw cannot "
-            "count connections that are not tracked, so its limits do not apply to them"
+            f"{chain} keeps imap (143) and imaps (993) from being tracked (notrack): mailfw cannot count connections "
+            "that are not tracked, so its limits do not apply to them"
+            for chain in ("table ip raw, chain pre", "table ip raw, chain out")
+        ],
+    ),
+    "notrack on the way in": (
+        CLIENTS_UNTRACKED,
+        [
+            "table ip raw, chain pre keeps what clients send to imap (143) and imaps (993) from being tracked "
+            "(notrack), but not the answers: mailfw still counts connections, but a ban ends those that are open, too; "
+            "let both directions be tracked"
+        ],
+    ),
+    "notrack on the way out": (
+        ANSWERS_UNTRACKED,
+        [
+            "table ip raw, chain out keeps the answers of imap (143) and imaps (993) from being tracked (notrack), but "
+            "not what clients send: mailfw takes that for packets of no connection, and serves only who is trusted; "
+            "let both directions be tracked"
         ],
     ),
 }
@@ -374,25 +408,25 @@ def test_refusals_of_ufw_are_told_and_true(firewall: Firewall, host: Host, alice
         ("-A INPUT -p tcp -m multiport --dports 22,53 -j REJECT", None),
         (
             "-t mangle -A PREROUTING -p tcp --dport 993 -j CONNMARK --set-mark 1",
-            "table {} mangle, chain PREROUTING changes bit 0x01000000 of the connection mark of imaps (993): ",
+            f"table {{}} mangle, chain PREROUTING changes bits {BITS:#010x} of the connection mark of imaps (993): ",
         ),
         (
             "-t mangle -A PREROUTING -p tcp --dport 993 -j CONNMARK --set-xmark 0x1/0xff",
-            "table {} mangle, chain PREROUTING may change bit 0x01000000 of the connection mark of imaps (993): ",
+            f"table {{}} mangle, chain PREROUTING may change bits {BITS:#010x} of the connection mark of imaps (993): ",
         ),
         ("-t mangle -A PREROUTING -p tcp --dport 993 -j CONNMARK --restore-mark", None),
         (
             "-t mangle -A PREROUTING -p tcp --dport 993 -j CONNMARK --save-mark --nfmask 0xff --ctmask 0xff",
-            "table {} mangle, chain PREROUTING may change bit 0x01000000 of the connection mark of imaps (993): ",
+            f"table {{}} mangle, chain PREROUTING may change bits {BITS:#010x} of the connection mark of imaps (993): ",
         ),
         ("-t mangle -A PREROUTING -p tcp --dport 993 -j CONNMARK --or-mark 1", None),
         (
             "-t raw -A PREROUTING -p tcp --dport 993 -j CT --notrack",
-            "table {} raw, chain PREROUTING keeps imaps (993) from being tracked (notrack): ",
+            "table {} raw, chain PREROUTING keeps what clients send to imaps (993) from being tracked (notrack), ",
         ),
         (
             "-t raw -A PREROUTING -p tcp --dport 993 -j CT --zone 3",
-            "table {} raw, chain PREROUTING may keep imaps (993) from being tracked (notrack): ",
+            "table {} raw, chain PREROUTING may keep what clients send to imaps (993) from being tracked (notrack), ",
         ),
         ("-t raw -A PREROUTING -p udp --dport 53 -j CT --notrack", None),
     ],
@@ -422,10 +456,6 @@ def test_fast_open(firewall: Firewall, host: Host) -> None:
 
 
 LIMITED: dict[str, Any] = {"autoban": {"rate": "2/hour", "burst": 2}}
-#: Where only one direction is not tracked, the server's answers still count.
-ANSWERS_UNTRACKED = (
-    "table ip raw { chain out { type filter hook output priority raw; tcp sport { 993, 143 } notrack; }; }"
-)
 
 
 @pytest.mark.parametrize("name", ["nothing", "a mark", "notrack"])
@@ -433,30 +463,70 @@ def test_limits_fail_as_the_warnings_say(firewall: Firewall, host: Host, alice: 
     firewall.load(**LIMITED)
     if name != "nothing":
         firewall.run(OTHER[name][0])
-    if name == "notrack":
-        firewall.run(ANSWERS_UNTRACKED)
     assert bool(said(firewall, host)) == (name != "nothing")
     answers = [alice.connect(993, alice.ipv4[0]) for _ in range(6)]
     assert answers[:2] == ["open", "open"]
     assert (answers[-1] == "open") == (name != "nothing")
 
 
-def test_source_counts_once_where_only_answers_are_tracked(firewall: Firewall, alice: Client) -> None:
+def test_handshakes_are_not_counted_where_only_answers_are_tracked(firewall: Firewall, alice: Client) -> None:
     """Conntrack finds the SYN/ACK invalid there; it counts for nobody, or forged SYNs would."""
     firewall.load(**LIMITED)
-    firewall.run(OTHER["notrack"][0])
+    firewall.run(CLIENTS_UNTRACKED)
     answers = [alice.connect(993, alice.ipv4[0]) for _ in range(4)]
     assert answers[:2] == ["open", "open"]
     assert "open" not in answers[2:]
 
 
+@pytest.mark.parametrize(("rules", "goes_on"), [("", True), (CLIENTS_UNTRACKED, False)], ids=["tracked", "notrack"])
+def test_a_ban_ends_open_sessions_where_only_answers_are_tracked(
+    firewall: Firewall, alice: Client, rules: str, goes_on: bool
+) -> None:
+    """As the warning says: a session counts once, however long it is, and does not outlive the ban of its source."""
+    firewall.load(**LIMITED)
+    firewall.run(rules)
+    stranger = alice.ipv4[1]
+    session = alice.open(993, stranger)
+    assert [session.talks() for _ in range(4)] == [True] * 4
+    assert alice.connect(993, stranger) == "open"
+    assert [alice.connect(993, stranger) for _ in range(2)] == ["silent", "silent"]
+    assert session.talks() == goes_on
+    session.close()
+
+
+def test_only_who_is_trusted_is_served_where_no_answers_are_tracked(firewall: Firewall, alice: Client) -> None:
+    """As the warning says."""
+    firewall.load(**LIMITED)
+    firewall.run(ANSWERS_UNTRACKED)
+    trusted, stranger, _ = alice.ipv4
+    firewall.trust(trusted)
+    assert alice.connect(993, stranger) == "silent"
+    session = alice.open(993, trusted)
+    assert [session.talks() for _ in range(4)] == [True] * 4
+    session.close()
+
+
+@pytest.mark.parametrize("name", [name for name in OTHER if name.startswith("notrack")])
+def test_nothing_is_said_of_tracking_where_nothing_is_counted(
+    firewall: Firewall, host: Host, alice: Client, name: str
+) -> None:
+    firewall.load(**PRIVATE)
+    firewall.run(OTHER[name][0])
+    assert said(firewall, host) == []
+    trusted, stranger, _ = alice.ipv4
+    firewall.trust(trusted)
+    assert alice.connect(993, stranger) == "refused"
+    session = alice.open(993, trusted)
+    firewall.untrust(trusted)
+    assert [session.talks() for _ in range(4)] == [True] * 4
+    session.close()
+
+
 def test_big_sets_cost_nothing(firewall: Firewall, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither mailfw's sets nor others' address lists are read."""
     asked: list[tuple[str, ...]] = []
-    command = neighbours.nft.command
-    monkeypatch.setattr(
-        neighbours.nft, "command", lambda *words, **more: asked.append(words) or command(*words, **more)
-    )
+    command = nft.command
+    monkeypatch.setattr(nft, "command", lambda *words, **more: asked.append(words) or command(*words, **more))
     firewall.load()
     firewall.run(OTHER["an address list"][0])
     firewall.run("add set inet filter ports { type inet_service; }; add rule inet filter input tcp dport @ports drop")

@@ -220,6 +220,14 @@ class Fleet:
         assert done.stdout, done.stderr
         return json.loads(done.stdout)["local"]
 
+    def salt_run(self, *arguments: str) -> tuple[int, Any]:
+        """Run a runner's function as an operator does on the master; return the exit status and what it returned."""
+        script = str(self._factories.get_salt_script_path("salt-run"))
+        options = ["--config-dir", str(self.master.config_dir), "--out=json", "--log-level=error"]
+        done = self.host.run(self._factories.python_executable, script, *options, *arguments, check=False)
+        assert done.stdout, done.stderr
+        return done.returncode, json.loads(done.stdout)
+
     def wait_for_minions(self) -> None:
         """Wait until the mail hosts hear the master's jobs, as they do not at first after it was off."""
 

@@ -24,7 +24,7 @@ LIMIT = 30.0
 START = """
 set -e
 mount -t tmpfs tmpfs /run
-for directory in /etc /usr/lib /var/lib; do
+for directory in /etc /usr/lib /usr/sbin /var/lib; do
   layer=/run/layers$directory
   mkdir -p $layer $layer.work
   mount -t overlay -o lowerdir=$directory,upperdir=$layer,workdir=$layer.work overlay $directory

@@ -9,11 +9,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from mailfwlib import client, messages, settings
+from mailfwlib import client, journal, messages, settings
 from mailfwlib.parse import address
 from support.net import LIMIT, Host
 
 KEY = "0123456789abcdef0123456789abcdef"
+#: What Dovecot shows when it reports a login.
+REPORT_SECRET = KEY * 2
 #: This host's minion id, and the user that Dovecot's login hook runs as.
 HOST_ID, LOGIN_USER = "mx1.example", "nobody"
 #: The start that systemd gives a service with a socket: sd_listen_fds(3).
@@ -38,15 +40,18 @@ class Agent:
         self._log = directory / "agent.log"
         self._events = directory / "events"
         self.configure(pillar)
+        for kept in ("outbox", "ended"):  # of another test's agent
+            host.call((journal.DIRECTORY / kept).unlink, missing_ok=True)
         self._listener: socket.socket = host.call(self._listen)
         self.start()
 
-    def configure(self, pillar: dict[str, Any]) -> None:
+    def configure(self, pillar: dict[str, Any], report_secret: str = REPORT_SECRET) -> None:
         """Replace the settings file, as the state does it."""
         wanted = settings.resolve(pillar)
         wanted["host"] = {
             "id": HOST_ID,
             "login_users": ["there-is-no-such-user", LOGIN_USER],
+            "report_secret": report_secret,
             "salt_helper": ["sh", "-c", 'exec cat >>"$0"', str(self._events)],
         }
         fresh = self._host.settings_file.with_suffix(".new")
@@ -86,6 +91,11 @@ class Agent:
             self._process.wait()
             raise
 
+    def kill(self) -> None:
+        """End the agent at once; its socket stays."""
+        self._process.kill()
+        self._process.wait()
+
     @property
     def pid(self) -> int:
         """The agent's process."""
@@ -97,8 +107,7 @@ class Agent:
 
     def close(self) -> None:
         """End the agent, without waiting for what it has to finish, and its socket."""
-        self._process.kill()
-        self._process.wait()
+        self.kill()
         self._listener.close()
 
     def ask(self, verb: str, *arguments: str) -> str:
@@ -141,6 +150,10 @@ class Agent:
         if not self._events.exists():
             return []
         return [json.loads(line) for line in self._events.read_text(encoding="utf-8").splitlines(keepends=True)]
+
+    def forget_events(self) -> None:
+        """Forget the events that were fired so far."""
+        self._events.unlink(missing_ok=True)
 
 
 def signed(logins: dict[str, float], sender: str = "mx2.example", key: str = KEY, **options: Any) -> str:

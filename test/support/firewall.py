@@ -15,14 +15,20 @@ _templates = jinja2.Environment(
 )
 
 
+def rule_files(resolved: settings.Settings) -> dict[str, str]:
+    """Return the rule files for some settings: name -> text."""
+    shared = rules.context(resolved)
+    return {
+        name: "\n".join(
+            _templates.get_template(f"mailfw/{part['source']}").render({**shared, **part}) for part in parts
+        )
+        for name, parts in rules.files(resolved).items()
+    }
+
+
 def render(resolved: settings.Settings) -> str:
     """Return the rules for some settings, as one nft script."""
-    shared = rules.context(resolved)
-    return "\n".join(
-        _templates.get_template(f"mailfw/{part['source']}").render({**shared, **part})
-        for _, parts in sorted(rules.files(resolved).items())
-        for part in parts
-    )
+    return ruleset.joined(rule_files(resolved))
 
 
 class Firewall:

@@ -211,3 +211,15 @@ def test_way_out_through_salt(guarded: str) -> None:
     assert "open for everyone" in check
     lab.salt(guarded, "mailfw.close")
     assert elements(guarded, "break_glass") == {}
+
+
+def test_way_out_of_the_whole_fleet(fleet: object) -> None:
+    said = lab.run("master", "salt-run", "mailfw.open", "2h", "nobody can log in")
+    try:
+        assert said.count("nobody can log in") == len(HOSTS)
+        for host in HOSTS:
+            assert host in said
+            assert 7000 < elements(host, "break_glass")["tcp"] < 7200
+    finally:
+        lab.run("master", "salt-run", "mailfw.close")
+    assert [elements(host, "break_glass") for host in HOSTS] == [{}, {}]

@@ -10,12 +10,14 @@ import pytest
 from support import lab
 
 README = (lab.REPOSITORY / "README.md").read_text()
-COMMANDS = re.findall(r"`((?:salt|salt-call|nft|journalctl|openssl) [^`]+)`", README)
+COMMANDS = re.findall(r"`((?:salt|salt-call|salt-run|nft|journalctl|openssl) [^`]+)`", README)
 #: test_clean, test_highstate and test_lifecycle run these, and more of them.
 ELSEWHERE = {
     "salt mx1 state.apply mailfw.clean",
     "salt-call state.apply mailfw.reactor",
     'salt mx1 mailfw.open 2h reason="ticket 17"',
+    'salt-run mailfw.open 2h "nobody can log in"',
+    "salt-run mailfw.close",
 }
 
 

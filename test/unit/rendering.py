@@ -50,6 +50,8 @@ class Rules:
 
 ROLES = [["postfix", "dovecot"], ["postfix"], ["dovecot"], []]
 rates = st.sampled_from(["1/day", "10/minute", "100000/day", "100000/second"])
+KEY = "0123456789abcdef0123456789abcdef"
+MARKS = st.sets(st.integers(0, 31), min_size=2, max_size=2).map(lambda bits: sum(1 << bit for bit in bits))
 #: Settings that change what the rules say.
 pillars = st.fixed_dictionaries(
     {
@@ -69,7 +71,8 @@ pillars = st.fixed_dictionaries(
         ),
         "log": st.sampled_from([False, {}, {"group": 0}, {"group": 65535}]) | st.fixed_dictionaries({"rate": rates}),
         "sizes": st.dictionaries(st.sampled_from(list(settings.SCHEMA["sizes"])), st.integers(1, 2**24)),
-        "mark": st.integers(0, 31).map(lambda bit: 1 << bit),
+        "mark": MARKS,
+        "fleet": st.just({"keys": [KEY]}),
         "autoban": st.fixed_dictionaries(
             {
                 "rate": rates,

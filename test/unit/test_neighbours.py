@@ -5,12 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mailfwlib import neighbours, settings
+from mailfwlib import kernel_settings, matching, neighbours, packets, settings
+from mailfwlib.foreign import Table, merged, tables, translatable
 
 SETTINGS = settings.resolve({"services": {"pop3": False, "pop3s": False, "sieve": False, "imap": False}})
 PORTS = {"smtp": 25, "submission": 587, "submissions": 465, "imaps": 993}
 NOT_OVERRIDDEN = "accepting in mailfw does not override another table's drop"
-BIT = 0x01000000
+BITS = SETTINGS["mark"]
+BIT = BITS & -BITS
 MARK = {"ct": {"key": "mark"}}
 
 DPORT = {"payload": {"protocol": "tcp", "field": "dport"}}
@@ -47,7 +49,7 @@ def foreign(chains, sets=(), family="inet", name="filter", hook="input", policy=
         entries.append({"chain": {"family": family, "table": name, "name": chain, **base}})
         base = {}
         entries += [{"rule": {"family": family, "table": name, "chain": chain, "expr": rule}} for rule in rules]
-    return neighbours.tables(json.loads(json.dumps({"nftables": entries})))
+    return tables(json.loads(json.dumps({"nftables": entries})))
 
 
 def refused(*rules, policy="accept", **chains):
@@ -153,11 +155,9 @@ def depends(on, **other):
     ],
 )
 def test_match(left, op, right, expected):
-    table = neighbours.Table(
-        "inet", "filter", elements={"ports": [{"elem": {"val": 993, "timeout": 9}}], "others": [22]}
-    )
+    table = Table("inet", "filter", elements={"ports": [{"elem": {"val": 993, "timeout": 9}}], "others": [22]})
     content = match(left, right, op)["match"]
-    found = {family: neighbours.matches(content, neighbours.opening(family, 993), table) for family in ("ip", "ip6")}
+    found = {family: matching.matches(content, packets.opening(family, 993), table) for family in ("ip", "ip6")}
     assert found == expected
 
 
@@ -374,7 +374,7 @@ def test_listing_becomes_a_script_that_loads():
         '\t\tmeta l4proto tcp xt match "recent" counter packets 0 bytes 0 drop\n'
         "\t\tcounter packets 0 bytes 0 ct mark set ct mark xor 0x1 and 0xffffff00\n\t}\n}\n"
     )
-    assert neighbours.translatable(listing) == (
+    assert translatable(listing) == (
         "table ip filter {\n\tchain INPUT {\n\t\ttype filter hook input priority filter; policy drop;\n"
         "\t\tct state established counter packets 0 bytes 0 accept\n\t\tcounter\n\t\tcounter\n\t}\n}\n"
     )
@@ -384,9 +384,9 @@ def test_translation_replaces_opaque_rules_only():
     counter, opaque = {"counter": {"packets": 0, "bytes": 0}}, {"xt": {"type": "match", "name": "x"}}
     before = [[dport(22), ACCEPT], [opaque, counter, ACCEPT], [opaque, counter, DROP]]
     after = [[dport(23), ACCEPT], [dport(25), counter, ACCEPT], [counter]]
-    assert neighbours.merged({"INPUT": before}, {"INPUT": after}) == {"INPUT": [before[0], after[1], before[2]]}
-    assert neighbours.merged({"INPUT": before}, {"INPUT": after[:2]}) == {"INPUT": before}
-    assert neighbours.merged({"INPUT": before}, {}) == {"INPUT": before}
+    assert merged({"INPUT": before}, {"INPUT": after}) == {"INPUT": [before[0], after[1], before[2]]}
+    assert merged({"INPUT": before}, {"INPUT": after[:2]}) == {"INPUT": before}
+    assert merged({"INPUT": before}, {}) == {"INPUT": before}
 
 
 # ---- marks
@@ -401,15 +401,15 @@ def marked(*rules, hook="prerouting", **options):
 
 
 def verb(sentences):
-    return [sentence.partition("chain1 ")[2].partition(" bit ")[0] for sentence in sentences]
+    return [sentence.partition("chain1 ")[2].partition(" bits ")[0] for sentence in sentences]
 
 
 @pytest.mark.parametrize("hook", ["prerouting", "input", "output", "postrouting", "forward"])
 def test_mark_that_is_overwritten(hook):
     assert marked([set_mark(1)], hook=hook) == [
-        "table inet filter, chain chain1 changes bit 0x01000000 of the connection mark of submission (587), "
+        f"table inet filter, chain chain1 changes bits {BITS:#010x} of the connection mark of submission (587), "
         "submissions (465) and imaps (993): mailfw remembers there what it has to count, so its limits fail open; keep "
-        "the bit in that rule (ct mark set ct mark & 0x01000000 | ...), or give mailfw:mark another one"
+        f"these bits in that rule (ct mark set ct mark & {BITS:#010x} | ...), or give mailfw:mark others"
     ]
 
 
@@ -422,6 +422,8 @@ def test_mark_that_is_overwritten(hook):
         (MARK, []),
         (0, ["changes"]),
         ({"|": [MARK, BIT]}, ["changes"]),
+        ({"|": [{"&": [MARK, 0xFF00FFFF]}, {"meta": {"key": "mark"}}]}, ["may change"]),
+        ({"|": [MARK, 1 << BITS.bit_length() - 1]}, ["changes"]),
         ({"&": [MARK, 0xFFFF]}, ["changes"]),
         ({"^": [MARK, BIT]}, ["changes"]),
         ({"&": [{"meta": {"key": "mark"}}, 0xFF]}, ["changes"]),
@@ -434,9 +436,9 @@ def test_what_becomes_of_the_bit(value, expected):
     assert verb(marked([set_mark(value)])) == expected
 
 
-def test_the_bit_is_a_setting():
+def test_the_bits_are_a_setting():
     found = foreign({"chain1": [[set_mark({"&": [MARK, 0xFFFF]})]]})
-    assert neighbours.marks(found, {**SETTINGS, "mark": 0x10}) == []
+    assert neighbours.marks(found, {**SETTINGS, "mark": 0x11}) == []
     assert len(neighbours.marks(found, {**SETTINGS, "mark": 0x10000})) == 1
     assert len(neighbours.marks(found, {"services": SETTINGS["services"]})) == 1
 
@@ -491,7 +493,7 @@ def test_rules_that_set_the_mark(rule, expected):
 def test_mark_is_found_in_both_directions(field, hook):
     rule = [match({"payload": {"protocol": "tcp", "field": field}}, 993), set_mark(1)]
     (sentence,) = marked(rule, hook=hook)
-    assert "changes bit 0x01000000 of the connection mark of imaps (993):" in sentence
+    assert f"changes bits {BITS:#010x} of the connection mark of imaps (993):" in sentence
 
 
 def test_mark_in_a_chain_that_is_not_reached():
@@ -523,55 +525,113 @@ def test_mark_in_any_family(family):
 # ---- notrack, fast open
 
 
+def untracked(*rules, pillar=SETTINGS, **chains):
+    """What is said of the chain ``pre`` with some rules for what comes in, and others: name -> family, hook, rules."""
+    found = foreign({"pre": list(rules)}, hook="prerouting", name="raw") if rules else []
+    for name, (family, hook, others) in chains.items():
+        found += foreign({name: others}, hook=hook, name="other", family=family)
+    return neighbours.untracked(found, pillar)
+
+
+NOTRACK = {"notrack": None}
+NOT_COUNTED = (
+    "from being tracked (notrack): mailfw cannot count connections that are not tracked, so its limits do not apply to "
+    "them"
+)
+EACH_ANSWER = (
+    "from being tracked (notrack), but not the answers: mailfw still counts connections, but a ban ends those that are "
+    "open, too; let both directions be tracked"
+)
+ONLY_TRUSTED = (
+    "from being tracked (notrack), but not what clients send: mailfw takes that for packets of no connection, and "
+    "serves only who is trusted; let both directions be tracked"
+)
+ALL = "submission (587), submissions (465) and imaps (993)"
+
+
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [
-        ([{"notrack": None}], ["keeps submission (587), submissions (465) and imaps (993)"]),
-        ([dport(993, 53), {"notrack": None}], ["keeps imaps (993)"]),
-        ([dport(993), FROM_SOMEONE, {"notrack": None}], ["may keep imaps (993)"]),
-        ([dport(993), {"xt": {"type": "target", "name": "CT"}}], ["may keep imaps (993)"]),
-        ([dport(25), {"notrack": None}], []),
-        ([match({"payload": {"protocol": "udp", "field": "dport"}}, 993), {"notrack": None}], []),
+        ([NOTRACK], [f"keeps what clients send to {ALL}"]),
+        ([dport(993, 53), NOTRACK], ["keeps what clients send to imaps (993)"]),
+        ([dport(993), FROM_SOMEONE, NOTRACK], ["may keep what clients send to imaps (993)"]),
+        ([dport(993), {"xt": {"type": "target", "name": "CT"}}], ["may keep what clients send to imaps (993)"]),
+        ([dport(25), NOTRACK], []),
+        ([match({"payload": {"protocol": "udp", "field": "dport"}}, 993), NOTRACK], []),
         ([dport(993), {"counter": None}], []),
     ],
 )
-def test_untracked_connections(rule, expected):
-    found = neighbours.untracked(foreign({"pre": [rule]}, hook="prerouting", name="raw"), SETTINGS)
-    assert found == [
-        f"table inet raw, chain pre {what} from being tracked (notrack): mailfw cannot count connections that are not "
-        "tracked, so its limits do not apply to them"
-        for what in expected
+def test_untracked_on_the_way_in(rule, expected):
+    assert untracked(rule) == [f"table inet raw, chain pre {what} {EACH_ANSWER}" for what in expected]
+
+
+@pytest.mark.parametrize("hook", ["output", "postrouting"])
+def test_untracked_on_the_way_out(hook):
+    rule = [match({"payload": {"protocol": "tcp", "field": "sport"}}, 587), NOTRACK]
+    assert untracked(out=("inet", hook, [rule])) == [
+        f"table inet other, chain out keeps the answers of submission (587) {ONLY_TRUSTED}"
     ]
 
 
-def test_untracked_on_the_way_out():
-    rule = [match({"payload": {"protocol": "tcp", "field": "sport"}}, 587), {"notrack": None}]
-    assert len(neighbours.untracked(foreign({"out": [rule]}, hook="output"), SETTINGS)) == 1
-    assert len(neighbours.untracked(foreign({"out": [[dport(587), *rule[1:]]]}, hook="prerouting"), SETTINGS)) == 1
+def test_untracked_both_ways():
+    assert untracked([dport(993), NOTRACK], out=("inet", "output", [[NOTRACK]])) == [
+        f"table inet raw, chain pre keeps imaps (993) {NOT_COUNTED}",
+        f"table inet other, chain out keeps imaps (993) {NOT_COUNTED}",
+        "table inet other, chain out keeps the answers of submission (587) and submissions (465) " + ONLY_TRUSTED,
+    ]
+
+
+def test_what_follows_is_no_more_certain_than_both_directions():
+    assert untracked([NOTRACK], out=("inet", "output", [[match(MARK, 1), NOTRACK]])) == [
+        f"table inet raw, chain pre may keep {ALL} {NOT_COUNTED}",
+        f"table inet other, chain out may keep {ALL} {NOT_COUNTED}",
+    ]
+
+
+def test_families_that_are_not_tracked_in_other_directions_are_told_apart():
+    assert untracked([dport(993), NOTRACK], out=("ip", "output", [[NOTRACK]])) == [
+        f"table inet raw, chain pre keeps imaps (993) over IPv4 {NOT_COUNTED}",
+        f"table ip other, chain out keeps imaps (993) over IPv4 {NOT_COUNTED}",
+        f"table inet raw, chain pre keeps what clients send to imaps (993) over IPv6 {EACH_ANSWER}",
+        "table ip other, chain out keeps the answers of submission (587) and submissions (465) " + ONLY_TRUSTED,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pillar", "limited"),
+    [({"type": "public"}, []), ({"type": "private"}, []), ({"type": "protected"}, ["imaps (993)"])],
+)
+def test_only_of_limited_services_is_said_what_becomes_of_counting(pillar, limited):
+    others = settings.resolve(
+        {"protection": pillar, "services": dict.fromkeys(("pop3", "pop3s", "sieve", "imap"), False)}
+    )
+    said = untracked([NOTRACK], pillar=others) + neighbours.marks(foreign({"chain1": [[set_mark(1)]]}), others)
+    assert len(said) == 2 * len(limited)
+    assert all(name in sentence and "submission" not in sentence for sentence in said for name in limited)
 
 
 def test_certain_and_possible_services_are_told_apart():
-    rules = [[dport(993), {"notrack": None}], [FROM_SOMEONE, {"notrack": None}]]
+    rules = [[dport(993), NOTRACK], [FROM_SOMEONE, NOTRACK]]
     found = neighbours.untracked(foreign({"pre": rules}, hook="prerouting", family="ip"), SETTINGS)
     assert [sentence.partition("pre ")[2].partition(" from")[0] for sentence in found] == [
-        "keeps imaps (993)",
-        "may keep submission (587) and submissions (465)",
+        "keeps what clients send to imaps (993)",
+        "may keep what clients send to submission (587) and submissions (465)",
     ]
 
 
 @pytest.mark.parametrize("setting", ["0\n", "1", "4", "1024"])
 def test_no_fast_open_for_servers(setting):
-    assert neighbours.fast_open(setting) == []
+    assert kernel_settings.fast_open(setting) == []
 
 
 @pytest.mark.parametrize(("setting", "instead"), [("2", 0), ("3\n", 1), ("1027", 1025)])
 def test_fast_open_for_servers(setting, instead):
-    (sentence,) = neighbours.fast_open(setting)
+    (sentence,) = kernel_settings.fast_open(setting)
     assert sentence.startswith(f"net.ipv4.tcp_fastopen is {int(setting)}: ")
     assert sentence.endswith(f"; set net.ipv4.tcp_fastopen = {instead}")
 
 
 def test_no_tables_no_sentences():
-    nothing = neighbours.tables({"nftables": [{"metainfo": {}}]})
+    nothing = tables({"nftables": [{"metainfo": {}}]})
     found = [find(nothing, SETTINGS) for find in (neighbours.refusals, neighbours.marks, neighbours.untracked)]
     assert list(itertools.chain(*found)) == []

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mailfwlib import parse, rules, settings
-from unit.rendering import ROLES, Rules, pillars
+from unit.rendering import KEY, ROLES, Rules, pillars
 
 MODES = settings.MODES
 SERVICES = settings.SERVICES
@@ -24,12 +24,14 @@ ACCESS = {
     ("dovecot", "public"): "open",
 }
 #: How a chain ends that gives this access.
-END = {"open": "accept", "limited": "goto opening", "trusted only": "goto untrusted"}
+END = {"open": "goto settled", "limited": "goto opening", "trusted only": "goto untrusted"}
 OVERRIDES = [{}, {"sieve": "private"}, {"submission": "public", "imap": "protected", "imaps": "autoban"}]
 
 
 def of_mode(mode, services=None, **pillar):
-    return settings.resolve({"protection": {"type": mode, "services": services or {}}, **pillar})
+    return settings.resolve(
+        {"protection": {"type": mode, "services": services or {}}, "fleet": {"keys": [KEY]}, **pillar}
+    )
 
 
 def service(name, mode):
@@ -103,7 +105,7 @@ def test_access_agrees_with_the_template_that_the_role_includes(role, mode, root
 def test_rendered_rules_send_each_port_where_its_mode_says(mode, roles, overrides, root):
     found = of_mode(mode, overrides, roles=roles)
     rendered = Rules(found, root)
-    wanted = {25: "accept"} if "postfix" in roles else {}
+    wanted = {25: "goto settled"} if "postfix" in roles else {}
     counted = {}
     for one in found["services"]:
         if not one["login"]:
@@ -155,7 +157,8 @@ def test_role_whose_services_are_all_switched_off_has_an_empty_file(root):
 @pytest.mark.parametrize("mode", MODES)
 def test_port_25_is_never_guarded(mode, root):
     rendered = Rules(of_mode(mode), root)
-    assert rendered.verdicts("services")[25] == "accept"
+    assert rendered.verdicts("services")[25] == "goto settled"
+    assert rendered.statements("settled")[-1] == "accept"
     assert 25 not in rendered.verdicts("counting")
 
 
@@ -215,17 +218,33 @@ def test_rules_log_nothing_or_at_a_limited_rate(root, pillar):
 
 
 @given(pillar=pillars)
-def test_only_the_bit_of_the_pillar_is_touched(root, pillar):
+def test_only_the_bits_of_the_pillar_are_touched(root, pillar):
     """Other rules may use the other bits of a connection's mark, so it is never set as a whole."""
     found = settings.resolve(pillar)
-    bit = f"{found['mark']:#010x}"
+    low = found["mark"] & -found["mark"]
+    counting, settled, both = (f"{bits:#010x}" for bits in (low, found["mark"] - low, found["mark"]))
+    others = f"{0xFFFFFFFF - found['mark']:#010x}"
     text = re.sub("#.*", "", Rules(found, root).text)
-    assert set(re.findall(r"ct mark set (\S+ \S+ \S+ \S+)", text)) <= {
-        f"ct mark | {bit}",
-        f"ct mark & {found['mark'] ^ 0xFFFFFFFF:#010x}",
+    assert set(re.findall(r"ct mark set (ct mark & \S+(?: \| \S+)?)", text)) <= {
+        f"ct mark & {others}",
+        f"ct mark & {others} | {counting}",
+        f"ct mark & {others} | {settled}",
     }
-    assert set(re.findall(r"(?<!set )ct mark (?!set)(\S+ \S+)", text)) == {f"& {bit}"}
-    assert int(f"{found['mark'] ^ 0xFFFFFFFF:#010x}", 16) + found["mark"] == 0xFFFFFFFF
+    assert set(re.findall(r"(?<!set )ct mark (?!set)(\S+ \S+ \S+)", text)) <= {
+        f"& {counting} !=",
+        f"& {settled} !=",
+        f"& {both} !=",
+        f"& {both} ==",
+    }
+
+
+@given(pillar=pillars)
+def test_a_packet_without_a_mark_is_not_counted_for_that(root, pillar):
+    """A rule that asks for the mark of a packet that conntrack knows nothing of goes no further."""
+    rendered = Rules(settings.resolve(pillar), root)
+    for chain in ("opened", "settled"):
+        assert rendered.statements(chain)[-1] == "accept"
+        assert rendered.statements(chain)[-2].startswith("ct mark set ")
 
 
 @given(pillar=pillars)
@@ -292,11 +311,11 @@ def test_rendered_rules_carry_the_numbers_of_the_pillar(root):
     rendered = Rules(found, root)
     sets = rendered.objects["set"]
     count = "\n".join(rendered.statements("dovecot_autoban_count"))
-    assert "update @rate_dovecot_ipv4 { ip daddr limit rate over 7/hour burst 3 packets }" in count
-    assert "{ ip6 daddr & ffff:ffff:ffff:ff00:: limit rate over 7/hour burst 3 packets }" in count
+    assert "update @rate_dovecot_ipv4 { ip daddr limit rate 7/hour burst 3 packets }" in count
+    assert "{ ip6 daddr & ffff:ffff:ffff:ff00:: limit rate 7/hour burst 3 packets }" in count
     assert "{ ip daddr & 255.255.255.0 limit rate over 100/minute burst 100 packets }" in count
     assert "{ ip6 daddr & ffff:ffff:ffff:: limit rate over 100/minute burst 100 packets }" in count
-    assert "ip6 saddr . tcp dport @trusted_ipv6 counter name trusted accept" in rendered.statements("guarded")
+    assert "ip6 saddr . tcp dport @trusted_ipv6 counter name trusted goto settled" in rendered.statements("guarded")
     assert "timeout 7200s" in sets["banned_postfix_ipv4"]
     assert "timeout 7200s" in sets["banned_networks_dovecot_ipv6"]
     assert "timeout 5400s" in sets["trusted_ipv4"]
@@ -311,15 +330,20 @@ def test_rendered_rules_carry_the_numbers_of_the_pillar(root):
 def test_guarded_is_in_the_order_of_who_wins(root):
     """Trusted networks, then blocks, then earned trust; each for both families."""
     families = [("ip saddr", "ipv4"), ("ip6 saddr", "ipv6")]
-    pillar = {"trusted": {"ipv6_prefix": 128}, "autoban": {"ipv6_prefix": 128}}
+    trusted = {"networks_ipv4": ["192.0.2.0/24"], "networks_ipv6": ["2001:db8::/48"]}
+    blocked = {"networks_ipv4": ["198.51.100.0/24"], "networks_ipv6": ["2001:db8:1::/48"]}
+    pillar = {"trusted": {"ipv6_prefix": 128, **trusted}, "autoban": {"ipv6_prefix": 128}, "blocked": blocked}
     assert Rules(settings.resolve(pillar), root).statements("guarded") == [
-        *(f"{saddr} @trusted_networks_{family} counter name trusted_network accept" for saddr, family in families),
+        *(
+            f"{saddr} @trusted_networks_{family} counter name trusted_network goto settled"
+            for saddr, family in families
+        ),
         *(
             f"{saddr} @{name}_{family} goto blocked"
             for saddr, family in families
             for name in ("blocked_networks", "blocked")
         ),
-        *(f"{saddr} . tcp dport @trusted_{family} counter name trusted accept" for saddr, family in families),
+        *(f"{saddr} . tcp dport @trusted_{family} counter name trusted goto settled" for saddr, family in families),
     ]
 
 
@@ -333,16 +357,20 @@ def test_open_connections_pass_unless_their_source_is_blocked(root, blocked):
         wanted.append(f"{saddr} @blocked_{family} return")
         wanted += [f"{saddr} @blocked_networks_{family} return"] * (family in blocked)
     statements = rendered.statements("open")
-    assert statements[: len(wanted)] == wanted
-    assert all(line.endswith(" return") for line in statements[:-1]), "nobody is refused here"
-    assert statements[-1] == "accept"
+    assert statements == [*wanted, "ct mark & 0x03000000 != 0 jump marked", "socket wildcard 1 return", "accept"]
+    for family in ("ipv4", "ipv6"):
+        (shortest,) = (line for line in rendered.statements("input") if f"meta nfproto {family} " in line)
+        assert (f" != @blocked_networks_{family} " in shortest) == (family in blocked)
 
 
 def test_hooks_are_in_order(root):
     """Open connections first, since most packets are theirs; the host itself and break-glass before any port."""
-    rendered = Rules(settings.resolve({"mark": 4}), root)
+    rendered = Rules(settings.resolve({"mark": 0x14, "autoban": {"ipv6_prefix": 128}}), root)
+    settled = "ct mark & 0x00000010 != 0"
     assert rendered.statements("input") == [
         "type filter hook input priority filter - 10; policy accept;",
+        f"meta nfproto ipv6 {settled} @th,104,8 & 0x06 == 0x00 ip6 saddr != @blocked_ipv6 accept",
+        f"meta nfproto ipv4 {settled} @th,104,8 & 0x06 == 0x00 ip saddr != @blocked_ipv4 accept",
         "ct state established tcp flags & (fin | syn | rst | ack) != syn jump open",
         'iif "lo" accept',
         "meta l4proto @break_glass counter name break_glass accept",
@@ -350,7 +378,8 @@ def test_hooks_are_in_order(root):
     ]
     assert rendered.statements("output") == [
         "type filter hook output priority filter - 10; policy accept;",
-        "ct state established ct mark & 0x00000004 == 0 tcp flags & syn == 0 accept",
+        f"{settled} @th,104,8 & 0x07 == 0x00 accept",
+        "ct state established ct mark & 0x00000014 == 0 @th,104,8 & 0x02 == 0x00 accept",
         'oif "lo" accept',
         "meta l4proto @break_glass accept",
         "tcp sport vmap @counting",
@@ -370,32 +399,38 @@ def test_bans_are_between_guarded_and_opening(root):
         ]
 
 
-def test_mark_is_cleared_after_the_meter_and_only_there(root):
-    rendered = Rules(settings.resolve({"autoban": {"networks": {}}}), root)
-    clear = "ct mark set ct mark & 0xfeffffff"
-    assert rendered.statements("uncounted") == [clear, "accept"]
+def test_a_connection_is_settled_after_the_meter(root):
+    """Below the rate it is. What is above it, or did not fit, goes on to be refused; nothing falls out of the chain."""
+    rendered = Rules(settings.resolve({"autoban": {"networks": {}, "ipv6_prefix": 128}}), root)
     for role in settings.ROLES:
-        chain = rendered.statements(f"{role}_autoban_count")
-        assert chain[0] == "jump answering"
-        assert chain[-1] == "goto uncounted"
-        assert all(line.startswith(("update @", "ip daddr", "ip6 daddr")) for line in chain[1:-1])
-    clearing = [name for name in rendered.objects["chain"] if clear in "\n".join(rendered.statements(name))]
-    assert clearing == ["uncounted"]
+        chain = f"{role}_autoban"
+        counting = rendered.statements(f"{chain}_count")
+        assert counting[0] == "jump answering"
+        assert counting[-5:] == [
+            f"update @rate_{role}_ipv4 {{ ip daddr limit rate 10/minute burst 20 packets }} goto settled",
+            f"update @rate_{role}_ipv6 {{ ip6 daddr limit rate 10/minute burst 20 packets }} goto settled",
+            f"ip daddr != @rate_{role}_ipv4 goto {chain}_crowded",
+            f"ip6 daddr != @rate_{role}_ipv6 goto {chain}_crowded",
+            f"goto {chain}_ban",
+        ]
+        assert all(line.startswith("update @network_rate_") for line in counting[1:-5])
 
 
 def test_who_is_not_counted(root):
     """Earned trust, trusted networks and exempt ones, in both families."""
-    rendered = Rules(settings.resolve({"trusted": {"ipv6_prefix": 128}}), root)
+    networks = {"networks_ipv4": ["192.0.2.0/24"], "networks_ipv6": ["2001:db8::/48"]}
+    pillar = {"trusted": {"ipv6_prefix": 128, **networks}, "exempt": networks}
+    rendered = Rules(settings.resolve(pillar), root)
     (chain,) = (name for name in rendered.objects["chain"] if "counter name counted" in rendered.statements(name))
     statements = rendered.statements(chain)
     families = [("ip daddr", "ipv4"), ("ip6 daddr", "ipv6")]
-    assert sorted(line for line in statements if line.endswith("goto uncounted")) == sorted(
+    assert sorted(line for line in statements if line.endswith("goto settled")) == sorted(
         line
         for daddr, family in families
         for line in (
-            f"{daddr} . tcp sport @trusted_{family} goto uncounted",
-            f"{daddr} @trusted_networks_{family} goto uncounted",
-            f"{daddr} @exempt_networks_{family} counter name exempted goto uncounted",
+            f"{daddr} . tcp sport @trusted_{family} goto settled",
+            f"{daddr} @trusted_networks_{family} goto settled",
+            f"{daddr} @exempt_networks_{family} counter name exempted goto settled",
         )
     )
     assert statements[-1] == "counter name counted"
@@ -409,7 +444,7 @@ def test_sources_that_do_not_fit_share_the_rate_of_ten(root, rate, burst, common
     rendered = Rules(settings.resolve({"autoban": {"rate": rate, "burst": burst}}), root)
     assert rendered.statements("dovecot_autoban_crowded")[-2:] == [
         f"limit rate over {common} packets counter name over_common_rate reject with tcp reset",
-        "goto uncounted",
+        "goto settled",
     ]
 
 

@@ -163,7 +163,9 @@ def test_difference_is_empty_only_for_equal_rulesets(old, new):
 
 
 def test_first_load_is_the_files_and_what_is_carried():
-    assert ruleset.transaction({}, OLD, "SCRIPT", "CARRIED") == "SCRIPT\nCARRIED"
+    assert ruleset.transaction({}, OLD, "SCRIPT", "CARRIED") == (
+        "table inet mailfw\ndelete table inet mailfw\nSCRIPT\nCARRIED"
+    )
 
 
 def test_transaction_empties_what_the_files_fill():
@@ -451,6 +453,8 @@ def kernel(monkeypatch, tmp_path):
     monkeypatch.setattr(ruleset, "_apply", made.apply)
     monkeypatch.setattr(ruleset, "_known", lambda script: {})
     monkeypatch.setattr(ruleset, "turn", contextlib.nullcontext)
+    monkeypatch.setattr(ruleset, "LOADED", tmp_path / "run" / "loaded")
+    monkeypatch.setattr(ruleset.netlink, "Kernel", lambda: mock.Mock(fingerprint=lambda static: "fingerprint"))
     return made
 
 
@@ -467,13 +471,14 @@ def test_install_writes_what_the_kernel_has_taken(kernel, tmp_path):
 
 
 def test_install_leaves_the_files_that_the_kernel_has(kernel, tmp_path):
-    rules_directory = tmp_path / "mailfw"
+    rules_directory = tmp_path / "nftables.d" / "mailfw"
     ruleset.install(FILES, rules_directory)
     kernel.refuses = True
     with pytest.raises(nft.NftError):
         ruleset.install({"base.nft": "wrong"}, rules_directory)
     assert ruleset.present(rules_directory) == FILES
-    assert [path.name for path in tmp_path.iterdir()] == ["mailfw"]
+    assert [path.name for path in rules_directory.parent.iterdir()] == ["mailfw"]
+    assert [path.name for path in ruleset.LOADED.parent.iterdir()] == ["loaded"]
 
 
 def test_install_clears_up_after_an_interrupted_one(kernel, tmp_path):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mailfwlib import rules, settings
-from unit import arbitrary
+from unit import arbitrary, rendering
 
 SECRET = "0123456789abcdef" * 2
 
@@ -51,6 +51,7 @@ def test_defaults_are_those_of_the_specification(pillar):
         "networks_ipv4": [],
         "networks_ipv6": [],
         "never": [],
+        "private": False,
     }
     assert found["exempt"] == found["blocked"] == {"networks_ipv4": [], "networks_ipv6": []}
     assert found["reaction"] == {"banned": "drop", "blocked": "drop", "untrusted": "hold"}
@@ -64,7 +65,8 @@ def test_defaults_are_those_of_the_specification(pillar):
         "waiting": 65536,
         "observed": 65536,
     }
-    assert found["mark"] == 0x01000000
+    assert found["mark"] == 0x03000000
+    assert found["reports"] == {"port": 4145}
     assert found["roles"] == ["postfix", "dovecot"]
     assert found["enforce"] is True
 
@@ -115,7 +117,7 @@ def test_everything_that_may_be_set():
             "services": {"pop3": False, "submission": {"port": 2587}, "imap": {}, "sieve": {"port": None}},
             "log": {"rate": "1/second", "group": 65535},
             "sizes": {"trusted": 1, "observed": 2**24},
-            "mark": 2**31,
+            "mark": 2**31 + 1,
             "fleet": {"keys": [SECRET]},
         }
     )
@@ -143,7 +145,7 @@ def test_everything_that_may_be_set():
     }
     assert found["log"] == {"rate": {"count": 1, "unit": "second"}, "group": 65535}
     assert (found["sizes"]["trusted"], found["sizes"]["banned"], found["sizes"]["observed"]) == (1, 65536, 2**24)
-    assert found["mark"] == 0x80000000
+    assert found["mark"] == 0x80000001
     assert json.loads(json.dumps(found)) == found
 
 
@@ -214,6 +216,7 @@ WRONG = [
     ),
     ({"blocked": {"networks_ipv4": "192.0.2.1"}}, "mailfw:blocked:networks_ipv4: '192.0.2.1': expected a list of IPv4"),
     ({"trusted": {"never": ["proxy"]}}, "mailfw:trusted:never[0]: 'proxy': expected a network such as"),
+    ({"trusted": {"private": "yes"}}, "mailfw:trusted:private: 'yes': expected true or false"),
     ({"trusted": {"never": None}}, "mailfw:trusted:never: None: expected a list of addresses or networks"),
     ({"reaction": {"banned": "hold"}}, "mailfw:reaction:banned: 'hold': expected one of drop, reject"),
     ({"reaction": {"blocked": True}}, "mailfw:reaction:blocked: True: expected one of drop, reject"),
@@ -251,13 +254,15 @@ WRONG = [
     ({"sizes": {"waiting": 2**24 + 1}}, "mailfw:sizes:waiting: 16777217: expected a whole number from 1 to 16777216"),
     ({"sizes": {"observed": True}}, "mailfw:sizes:observed: True: expected a whole number from 1 to 16777216"),
     ({"sizes": {"older": 5}}, "mailfw:sizes:older: unknown key"),
-    ({"mark": 0}, "mailfw:mark: 0: expected one bit of 32, such as 0x01000000"),
-    ({"mark": 3}, "mailfw:mark: 3: expected one bit of 32, such as 0x01000000"),
-    ({"mark": 2**32}, "mailfw:mark: 4294967296: expected one bit of 32, such as 0x01000000"),
-    ({"mark": -1}, "mailfw:mark: -1: expected one bit of 32, such as 0x01000000"),
-    ({"mark": True}, "mailfw:mark: True: expected one bit of 32, such as 0x01000000"),
-    ({"mark": "0x10"}, "mailfw:mark: '0x10': expected one bit of 32, such as 0x01000000"),
-    ({"mark": None}, "mailfw:mark: None: expected one bit of 32, such as 0x01000000"),
+    ({"reports": True}, "mailfw:reports: True: expected false or a mapping such as {port: 4145}"),
+    ({"reports": {"port": 80}}, "mailfw:reports:port: 80: expected a whole number from 1024 to 65535"),
+    ({"mark": 0}, "mailfw:mark: 0: expected two bits of 32, such as 0x03000000"),
+    ({"mark": 7}, "mailfw:mark: 7: expected two bits of 32, such as 0x03000000"),
+    ({"mark": 2**32}, "mailfw:mark: 4294967296: expected two bits of 32, such as 0x03000000"),
+    ({"mark": -1}, "mailfw:mark: -1: expected two bits of 32, such as 0x03000000"),
+    ({"mark": True}, "mailfw:mark: True: expected two bits of 32, such as 0x03000000"),
+    ({"mark": "0x10"}, "mailfw:mark: '0x10': expected two bits of 32, such as 0x03000000"),
+    ({"mark": None}, "mailfw:mark: None: expected two bits of 32, such as 0x03000000"),
     ({"fleet": {"keys": ["short"]}}, "mailfw:fleet:keys[0]: (not shown): expected a secret of at least 32 characters"),
     ({"fleet": {"keys": SECRET}}, "mailfw:fleet:keys: (not shown): expected a list of secrets"),
     ("autoban", "mailfw: (not shown): expected a mapping with the keys protection, enforce"),
@@ -362,8 +367,18 @@ def test_secrets_are_not_shown(pillar):
 
 
 def test_key_of_32_characters_is_long_enough():
-    assert settings.resolve({"fleet": {"keys": ["k" * 32]}})["fleet"]["keys"] == ["k" * 32]
+    key = "k" * 31 + "l"
+    assert settings.resolve({"fleet": {"keys": [key]}})["fleet"]["keys"] == [key]
     assert problems({"fleet": {"keys": ["k" * 31, "é" * 32, 10**40]}})[2].startswith("mailfw:fleet:keys[2]")
+
+
+@pytest.mark.parametrize("key", [" " * 32, "0" * 64, f" {SECRET}", f"{SECRET} "])
+def test_key_that_is_no_secret_or_was_copied_with_blanks(key):
+    (problem,) = problems({"fleet": {"keys": [SECRET, key]}})
+    assert problem == (
+        "mailfw:fleet:keys[1]: (not shown): expected a secret of at least 32 characters, such as "
+        "'openssl rand -hex 32' prints; not one character again and again, nor white space around it"
+    )
 
 
 def test_conflicting_prefixes():
@@ -373,6 +388,17 @@ def test_conflicting_prefixes():
     )
     assert settings.resolve({"autoban": {"ipv6_prefix": 49, "networks": {}}})
     assert settings.resolve({"autoban": {"ipv6_prefix": 48}})
+
+
+def test_a_host_where_nobody_logs_in_has_to_hear_of_logins():
+    """Protected submission would open for nobody."""
+    pillar = {"roles": ["postfix"], "protection": {"type": "protected"}}
+    (problem,) = problems(pillar)
+    assert problem.startswith("mailfw:fleet:keys: []: in mode protected submission, submissions opens for addresses")
+    assert "expected a key, under which other hosts tell of logins" in problem
+    assert settings.resolve({**pillar, "fleet": {"keys": ["0123456789abcdef" * 2]}})
+    assert settings.resolve({**pillar, "protection": {"type": "private"}})
+    assert settings.resolve({**pillar, "roles": ["dovecot", "postfix"]})
 
 
 @pytest.mark.parametrize(
@@ -533,7 +559,7 @@ _FORMS = {
     ),
     "mailfw:log": st.just(False)
     | st.fixed_dictionaries({}, optional={"rate": st.just("1/hour"), "group": st.none() | st.integers(0, 65535)}),
-    "mailfw:mark": st.integers(0, 31).map(lambda bit: 1 << bit),
+    "mailfw:mark": rendering.MARKS,
     **{f"mailfw:sizes:{key}": st.integers(1, 2**24) for key in settings.SCHEMA["sizes"]},
     "mailfw:autoban:networks": st.fixed_dictionaries({}, optional={"ipv6_prefix": st.integers(10, 70)}),
 }
@@ -594,6 +620,7 @@ def test_pillars_of_the_right_form_are_refused_for_conflicts_only(pillar):
         "a whole number from 1 to 65535",
         "services: 'smtp'",
         "expected one of its own",
+        "nobody logs in on this host",
     )
     for problem in said:
         assert any(words in problem for words in conflicts)
