@@ -134,7 +134,7 @@ def apply_(files=None, test=False):
     try:
         if test:
             return {"diff": ruleset.compare(ruleset.joined(wanted)), "files": ruleset.stale_files(wanted)}
-        diff, stale = ruleset.install(wanted)
+        diff, stale = (ruleset.reload(), []) if files is None else ruleset.install(wanted)
     except nft.NftError as err:
         raise CommandExecutionError(f"the rules do not load, and those from before stay:\n{err}") from err
     except OSError as err:

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import secrets
 import sqlite3
 import time
 
@@ -149,6 +150,20 @@ def _mail_hosts():
     with _database() as database:
         found = database.execute("SELECT id FROM hosts WHERE seen > ?", (time.time() - LONGEST_SILENCE,)).fetchall()
     return [host for (host,) in found]
+
+
+def genkey():
+    """
+    Return a new secret for ``mailfw:fleet:keys``. Put it before the others there; those may go once every mail host and
+    the master have the new one.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-run mailfw.genkey
+    """
+    return secrets.token_hex(32)
 
 
 def trusts(request):

@@ -35,7 +35,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable
 
-from mailfwlib import __version__, client, elements, messages, nft, parse
+from mailfwlib import __version__, client, elements, messages, nft, parse, ruleset
 from mailfwlib.announcer import Announcer
 from mailfwlib.journal import DIRECTORY, Journal
 from mailfwlib.keeper import Keeper
@@ -52,6 +52,8 @@ MOST_CLIENTS = 512
 MOST_LOGINS = 200_000
 #: Deadlines that differ by less are the same: the kernel keeps and lists whole seconds.
 WHOLE_SECONDS = 2.0
+#: A login waits so many seconds for an applier that replaces the sets; the hook waits for 250 ms in all.
+WAIT = 0.15
 #: The same complaint is logged once in this many seconds.
 QUIET = 60.0
 
@@ -69,6 +71,7 @@ class Agent:
         self._path = settings_path
         self._stamp: tuple[int, int] | None = None
         self._nft = nft.Library()
+        self._patience = WAIT
         self._seen = messages.Seen()
         self._complained: dict[str, float] = {}
         #: When the trust that logins have earned ends: address -> Unix time.
@@ -184,7 +187,9 @@ class Agent:
         key, now = elements.trusted_key(address, self.settings), time.time()
         seconds = {port: max(1, round(max(until, self._given.get((key, port), 0.0)) - now)) for port in ports}
         try:
-            self._nft.run(elements.trust(address, seconds, self.settings))
+            with ruleset.adding(self._patience) as in_turn:
+                self._nft.run(elements.trust(address, seconds, self.settings))
+            self._patience = WAIT if in_turn else 0.0  # One login waits for a slow applier, not each.
         except nft.NftError as err:
             self._complain("nft", f"{address} cannot be trusted: {err}")
             if err.full:  # A login lifts its source's bans, even if there is no room left for its trust.

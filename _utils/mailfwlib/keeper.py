@@ -37,6 +37,8 @@ class Keeper:
         self._snapshot_at = 0.0
         self._next_snapshot = time.monotonic()
         self._next_repair = 0.0
+        #: Since when elements may be missing, while a repair is not known to be done.
+        self._unfinished: float | None = None
         self.heals = 0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
@@ -76,6 +78,8 @@ class Keeper:
             return
         if self._is_damaged():
             self._repair()
+        elif self._unfinished is not None:  # It was done, but ended before it could say so.
+            self._finish([])
         else:
             self._seen = seen
 
@@ -92,7 +96,8 @@ class Keeper:
         return bool(record) and self._kernel.fingerprint(record["static"]) != record["fingerprint"]
 
     def _repair(self) -> None:
-        since = self._snapshot_at
+        if self._unfinished is None:
+            self._unfinished = self._snapshot_at
         done = self._start("load")
         if done.returncode:
             self._next_repair = time.monotonic() + PATIENCE
@@ -100,8 +105,12 @@ class Keeper:
             return
         self.heals += 1
         log.warning("the rules were altered by somebody and are repaired:\n%s", done.stdout.strip())
-        altered = [line.partition(": ")[2] for line in done.stdout.splitlines() if line.startswith("altered: ")]
-        self._healed(since, altered)
+        self._finish([line.partition(": ")[2] for line in done.stdout.splitlines() if line.startswith("altered: ")])
+
+    def _finish(self, altered: list[str]) -> None:
+        since, self._unfinished = self._unfinished, None
+        if since is not None:
+            self._healed(since, altered)
 
     def _snapshot(self) -> None:
         if not ruleset.loaded() or self._differs():

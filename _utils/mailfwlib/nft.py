@@ -111,9 +111,8 @@ def _run(command_line: list[str], script: str | None) -> str:
 
 def _in_memory(text: str) -> IO[str]:
     """Return a file without a disk. Of a pipe, nft would take a part for the whole if this process were killed."""
-    memfd_create = ctypes.CDLL(
-        None, use_errno=True
-    ).memfd_create  # Python's own lacks where it was built for old systems.
+    # os.memfd_create is missing where Python was built for old systems.
+    memfd_create = ctypes.CDLL(None, use_errno=True).memfd_create
     descriptor = memfd_create(b"nft", _CLOSE_ON_EXEC | _NEVER_EXECUTED)
     if descriptor < 0:  # Linux before 6.3
         descriptor = memfd_create(b"nft", _CLOSE_ON_EXEC)

@@ -32,6 +32,8 @@ LOCK = "/run/mailfw/apply.lock"
 
 #: The rule files, one for what all roles share and one for each role.
 RULES = Path("/etc/nftables.d/mailfw")
+#: Shared by whoever adds elements; an applier has it alone while it carries elements over.
+ELEMENTS = "/run/mailfw/elements.lock"
 #: What was loaded last since the host has booted. Its absence says that no rules are wanted.
 LOADED = Path("/run/mailfw/loaded")
 
@@ -167,6 +169,31 @@ def older(new: Objects) -> str:
 
 
 @contextlib.contextmanager
+def adding(patience: float) -> Iterator[bool]:
+    """Keep appliers from replacing the sets meanwhile; true unless that could not be had within some seconds.
+
+    Then elements are added all the same: a login does not wait for long, and what an applier misses it asks for again.
+    """
+    with contextlib.ExitStack() as stack:
+        got, deadline = False, time.monotonic() + patience
+        try:
+            lock = stack.enter_context(open(ELEMENTS, "a", encoding="ascii"))
+            while not (got := _try_to_share(lock)) and time.monotonic() < deadline:
+                time.sleep(0.005)
+        except OSError as err:
+            log.error("%s: %s", ELEMENTS, err.strerror)
+        yield got
+
+
+def _try_to_share(lock: Any) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
 def turn(path: str = LOCK) -> Iterator[None]:
     """Wait for this applier's turn."""
     os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
@@ -194,14 +221,25 @@ def apply(script: str) -> str:
     return changed
 
 
+def reload(directory: Path = RULES) -> str:
+    """Make the loaded rules what the files on disk say, as :func:`apply` does; nobody changes the files meanwhile."""
+    with turn():
+        script = joined(present(directory))
+        new = _known(script)
+        changed = _apply(script, new)
+        _record(script, new)
+    return changed
+
+
 def _apply(script: str, new: Objects) -> str:
     old = live()
     changed = difference(old, new)
     if changed and old:
         names, since = remade(old, new), time.time()
-        kept = {name: found for name, found in snapshot.current().items() if name in names} if names else {}
-        nft.run(transaction(old, new, script, restored(kept, new)))
-        if names:  # Who has logged in since their elements were read is not among those that were carried.
+        with turn(ELEMENTS):
+            kept = {name: found for name, found in snapshot.current().items() if name in names} if names else {}
+            nft.run(transaction(old, new, script, restored(kept, new)))
+        if names:  # A login that did not wait for that long may not be among the elements that were carried.
             with contextlib.suppress(client.AgentError):
                 client.ask("again", str(since))
     elif changed:

@@ -334,8 +334,9 @@ def _conflicts(settings: Settings) -> list[str]:
     protected = [one["name"] for one in _services(settings) if one["mode"] == "protected"]
     if protected and "dovecot" not in settings["roles"] and not settings["fleet"]["keys"]:
         problems.append(
-            f"mailfw:fleet:keys: []: in mode protected {', '.join(protected)} opens for addresses that have logged in, and "
-            "without the role dovecot nobody logs in on this host; expected a key, under which other hosts tell of logins"
+            f"mailfw:fleet:keys: []: in mode protected {', '.join(protected)} opens for addresses that have logged in, "
+            "and without the role dovecot nobody logs in on this host; expected a key, under which other hosts tell of "
+            "logins"
         )
     for family in ("networks_ipv4", "networks_ipv6"):
         for network in sorted(set(settings["trusted"][family]) & set(settings["blocked"][family])):

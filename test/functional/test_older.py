@@ -304,6 +304,23 @@ def test_client_of_a_listener_for_both_families_is_recorded_as_what_it_is(
     assert firewall.counter("counted") == 0
 
 
+@pytest.mark.parametrize("mode", ["autoban", "protected"])
+@pytest.mark.parametrize("before", ["", TRACKING], ids=["untracked before", "tracked before"])
+def test_older_session_of_a_banned_source_goes_on(
+    firewall: Firewall, mail: MailServer, alice: Client, family: str, before: str, mode: str
+) -> None:
+    """An office whose sessions are idle at the first load may be banned when they speak again."""
+    if before:
+        firewall.run(before)
+    source = alice.addresses(family)[0]
+    session = alice.open(143, source)
+    load(firewall, mode)
+    firewall.ban(source)
+    assert [session.talks(), session.talks()] == [True, True]
+    assert alice.connect(143, source) == "refused"
+    session.close()
+
+
 # Not tracked
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from integration.fleet import Fleet, MailHost
 from integration.hosts import wait_for
+from mailfwlib import settings
 
 CLOSED = "closed: mailfw's rules are in force again"
 #: A busy machine must not make a test fail.
@@ -26,6 +27,14 @@ def forget_hosts(fleet: Fleet, which: str) -> None:
     path = Path(fleet.master.config["cachedir"]) / "mailfw.sqlite"
     with contextlib.closing(sqlite3.connect(path, timeout=10)) as database, database:
         database.execute(f"DELETE FROM hosts WHERE {which}")
+
+
+def test_a_new_key_is_one_that_mail_hosts_take(fleet: Fleet) -> None:
+    found = [fleet.salt_run("mailfw.genkey") for _ in range(2)]
+    assert [status for status, _ in found] == [0, 0]
+    keys = [key for _, key in found]
+    assert len(set(keys)) == 2
+    assert settings.resolve({"fleet": {"keys": keys}})
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import random
 import socket
 import struct
 import sys
@@ -62,6 +63,7 @@ async def talk(target: Target) -> None:
         writer.write(b"noop\r\n")
         return "answered" if await reader.readline() else "reset"
 
+    await asyncio.sleep(random.uniform(0, PAUSE))  # not all at once: at any moment some have something under way
     while outcome == "answered":
         began = time.monotonic()
         outcome = await _outcome(answered())

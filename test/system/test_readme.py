@@ -28,7 +28,7 @@ def test_the_commands_are_found():
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ELSEWHERE])
 def test_command(fleet, command):
-    host = "master" if command.startswith("salt ") else "mx1"
+    host = "master" if command.startswith(("salt ", "salt-run ")) else "mx1"
     done = lab.lab("exec", host, "--", *shlex.split(command), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip()

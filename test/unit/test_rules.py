@@ -391,6 +391,7 @@ def test_bans_are_between_guarded_and_opening(root):
     for role in settings.ROLES:
         assert Rules(found, root).statements(f"{role}_autoban") == [
             "jump guarded",
+            "tcp flags & syn == 0 jump older",
             f"ip saddr @banned_{role}_ipv4 goto banned",
             f"ip saddr & 255.255.255.0 @banned_networks_{role}_ipv4 goto banned",
             f"ip6 saddr @banned_{role}_ipv6 goto banned",
