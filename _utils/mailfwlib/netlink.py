@@ -1,7 +1,8 @@
-"""Whether somebody has changed the rules, asked of the kernel directly and without listing a set.
+"""Whether somebody has changed the rules, and which elements a set has, asked of the kernel directly.
 
 The kernel gives each object of a table a handle, and never one twice. ``nft`` is no tool for looking every second:
-it reads the elements of every set before it lists anything (1.0.6: a second for 100,000 of them).
+it reads the elements of every set before it lists anything (1.0.6: a second for 100,000 of them), and begins anew
+whenever somebody has changed any table meanwhile: where people log in all the time it comes to no end.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Optional
 
 from mailfwlib import nft
 
@@ -23,12 +25,22 @@ _GET_TABLE, _GET_CHAIN, _GET_RULE, _GET_SET, _GET_ELEMENTS, _GET_OBJECT, _GET_GE
 #: Where each kind of object keeps the name of its table and its handle: NFTA_CHAIN_TABLE, NFTA_CHAIN_HANDLE and so on.
 _KINDS = {_GET_CHAIN: (1, 2), _GET_RULE: (1, 3), _GET_SET: (1, 16), _GET_OBJECT: (1, 6)}
 _TABLE_NAME, _TABLE_HANDLE = 1, 4
+_SET_TABLE, _SET_NAME = 1, 2
 _ELEMENTS_TABLE, _ELEMENTS_SET, _ELEMENTS_LIST = 1, 2, 3
+_ELEMENT_KEY, _ELEMENT_TIMEOUT, _ELEMENT_EXPIRATION, _DATA_VALUE = 1, 4, 5, 1
 _GENERATION_ID = 1
 
 _NAME = nft.TABLE.split()[1].encode() + b"\0"
 
 Attributes = dict[int, bytes]
+
+
+class SetElement(NamedTuple):
+    """An element: its value as nft writes it; its own timeout, and what is left of it, in seconds, None without one."""
+
+    value: str
+    timeout: Optional[float]
+    left: Optional[float]
 
 
 class Kernel:
@@ -57,12 +69,34 @@ class Kernel:
             handles = sorted(found[handle] for found in self._ask(kind) if found.get(table) == _NAME)
             digest.update(b"%d:" % kind + b"".join(handles))
         for name in static:
-            attributes = _attribute(_ELEMENTS_TABLE, _NAME) + _attribute(_ELEMENTS_SET, name.encode() + b"\0")
             digest.update(name.encode() + b":")
             with contextlib.suppress(FileNotFoundError):
-                for found in self._ask(_GET_ELEMENTS, attributes=attributes):
-                    digest.update(found.get(_ELEMENTS_LIST, b""))
+                for listed in self._elements(name):
+                    digest.update(listed)
         return digest.hexdigest()
+
+    def sets(self) -> list[str]:
+        """Return the names of the table's sets and maps; none when there is no table."""
+        found = (one for one in self._ask(_GET_SET) if one.get(_SET_TABLE) == _NAME)
+        return [one[_SET_NAME].rstrip(b"\0").decode() for one in found]
+
+    def elements(self, name: str) -> Iterator[SetElement]:
+        """Yield the elements of a set of addresses, or of addresses and ports.
+
+        An element may be missing or come twice if the set changes meanwhile. Raises OSError when there is no such set.
+        """
+        for listed in self._elements(name):
+            for data in _each(listed):
+                element = _attributes(data)
+                value = _attributes(element[_ELEMENT_KEY])[_DATA_VALUE]
+                yield SetElement(
+                    _value(value), _seconds(element.get(_ELEMENT_TIMEOUT)), _seconds(element.get(_ELEMENT_EXPIRATION))
+                )
+
+    def _elements(self, name: str) -> Iterator[bytes]:
+        attributes = _attribute(_ELEMENTS_TABLE, _NAME) + _attribute(_ELEMENTS_SET, name.encode() + b"\0")
+        for found in self._ask(_GET_ELEMENTS, attributes=attributes):
+            yield found.get(_ELEMENTS_LIST, b"")
 
     def _ask(
         self, kind: int, flags: int = _REQUEST | _DUMP, family: int = _INET, attributes: bytes = b""
@@ -91,9 +125,28 @@ def _attribute(kind: int, value: bytes) -> bytes:
 
 
 def _attributes(data: bytes) -> Attributes:
-    found, place = {}, 0
+    return dict(_pairs(data))
+
+
+def _each(data: bytes) -> Iterator[bytes]:
+    """Yield the members of a list, which are attributes of one kind."""
+    return (value for _, value in _pairs(data))
+
+
+def _pairs(data: bytes) -> Iterator[tuple[int, bytes]]:
+    place = 0
     while place + 4 <= len(data):
         length, kind = struct.unpack_from("=HH", data, place)
-        found[kind & 0x3FFF] = data[place + 4 : place + length]
+        yield kind & 0x3FFF, data[place + 4 : place + length]
         place += (max(length, 4) + 3) & ~3
-    return found
+
+
+def _value(key: bytes) -> str:
+    """Return an address, or an address and a port, each of which fills four bytes, as nft writes it."""
+    length = 4 if len(key) < 16 else 16
+    address = socket.inet_ntop(socket.AF_INET if length == 4 else socket.AF_INET6, key[:length])
+    return f"{address} . {int.from_bytes(key[length : length + 2], 'big')}" if len(key) > length else address
+
+
+def _seconds(milliseconds: bytes | None) -> float | None:
+    return None if milliseconds is None else int.from_bytes(milliseconds, "big") / 1000

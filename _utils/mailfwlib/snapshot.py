@@ -12,9 +12,9 @@ import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
-from mailfwlib import files, nft
+from mailfwlib import files, netlink, nft
 
 PATH = Path("/var/lib/mailfw/snapshot")
 FIRST_LINE = "mailfw snapshot 1"
@@ -40,23 +40,47 @@ class Element(NamedTuple):
 
 #: Set -> its elements.
 Elements = dict[str, list[Element]]
+#: The same, by their values.
+Attempt = dict[str, dict[str, Element]]
+#: How often the sets are listed at most.
+ATTEMPTS = 3
 
 
 def current() -> Elements:
     """Return the elements that are loaded now and worth keeping. Lists those sets.
 
-    Raises NftError, also when no table is loaded: that nobody is trusted is not what such a host knows.
+    Where people log in all the time there is no moment to list them undisturbed: what any of some attempts has found
+    counts then. Raises NftError, also when no table is loaded: that nobody is trusted is not what such a host knows.
     """
-    names = re.findall(r"^\tset (\S+) \{$", nft.table(), re.M)
-    if not names:
+    kernel, found = netlink.Kernel(), Attempt()
+    try:
+        for _ in range(ATTEMPTS):
+            generation = kernel.generation()
+            seen = _listed(kernel)
+            if kernel.generation() == generation:
+                found = seen
+                break
+            for name, listed in seen.items():
+                found.setdefault(name, {}).update(listed)
+    except OSError as err:
+        raise nft.NftError(f"the sets cannot be listed: {err.strerror}") from err
+    if not found:
         raise nft.NftError("no rules are loaded")
+    return {name: list(listed.values()) for name, listed in found.items()}
+
+
+def _listed(kernel: netlink.Kernel) -> Attempt:
     now = time.time()
-    return {name: [_element(one, now) for one in nft.elements(name)] for name in names if KEPT.fullmatch(name)}
+    return {
+        name: {one.value: _element(one, now) for one in kernel.elements(name)}
+        for name in kernel.sets()
+        if KEPT.fullmatch(name)
+    }
 
 
-def _element(listed: dict[str, Any], now: float) -> Element:
-    left = listed.get("expires")
-    return Element(nft.element_text(listed), listed.get("timeout"), None if left is None else round(now + left))
+def _element(listed: netlink.SetElement, now: float) -> Element:
+    timeout = None if listed.timeout is None else max(1, round(listed.timeout))
+    return Element(listed.value, timeout, None if listed.left is None else round(now + listed.left))
 
 
 def text(elements: Elements) -> str:

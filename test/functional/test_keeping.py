@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mailfwlib import files, ruleset, snapshot
+from mailfwlib import files, nft, ruleset, snapshot
 from support.agent import KEY, Agent
 from support.firewall import Firewall
 from support.net import Client, Host, until
@@ -202,6 +203,51 @@ BAD = {
     "wrong type": snapshot.text({"blocked_ipv4": [snapshot.Element("2001:db8::", None, None)]}),
     "not text": "\xff\xfe",
 }
+
+
+def test_snapshot_has_what_nft_lists(installed: Firewall, host: Host) -> None:
+    for source in ("192.0.2.1", "2001:db8:1::1", "::ffff:0:1", "2001:db8::"):
+        installed.trust(source, 90)
+    installed.run("add element inet mailfw trusted_ipv4 { 255.255.255.255 . 65535, 0.0.0.1 . 25 timeout 366d }")
+    installed.ban("192.0.2.2")
+    installed.ban("2001:db8:2::", seconds=77)
+    installed.block("192.0.2.3")
+    installed.block("2001:db8:3::", 3600)
+    found = host.call(snapshot.current)
+    for name, listed in found.items():
+        left = installed.elements(name)
+        now = time.time()
+        assert sorted(one.value for one in listed) == sorted(left)
+        for one in listed:
+            ends = float("inf") if one.ends is None else one.ends
+            assert ends == pytest.approx(now + left[one.value], abs=3)
+    assert len([name for name, listed in found.items() if listed]) == 8
+    (own,) = found["banned_dovecot_ipv6"]
+    assert own.timeout == 77
+    assert found["blocked_ipv4"][0].ends is None
+
+
+def test_snapshot_comes_to_an_end_where_people_log_in_all_the_time(installed: Firewall, host: Host) -> None:
+    """Each login makes whoever lists a set with nft begin anew."""
+    many = ", ".join(f"10.{n >> 8}.{n & 255}.1 . 587 timeout 1d" for n in range(20_000))
+    installed.run(f"add element inet mailfw trusted_ipv4 {{ {many} }}")
+    over = threading.Event()
+
+    def log_in() -> int:
+        library, last = nft.Library(), 0
+        while not over.is_set():
+            last += 1
+            library.run(f"add element inet mailfw trusted_ipv4 {{ 192.0.2.{last % 250} . 587 timeout 1d }}")
+            time.sleep(0.002)
+        return last
+
+    logins = host.start(log_in)
+    try:
+        assert "written, 20" in host.run("timeout", "20", "/usr/lib/mailfw/mailfw-rules", "save").stdout
+    finally:
+        over.set()
+    assert logins.result(10) > 20
+    assert len(host.call(snapshot.load)["trusted_ipv4"]) >= 20_000
 
 
 @pytest.mark.parametrize("kind", BAD)
