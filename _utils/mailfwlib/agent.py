@@ -361,12 +361,19 @@ class Server:
         """Serve until :attr:`stopping` is set; call ``between`` every now and then."""
         while not self.stopping:
             between()
-            for key, _ in self._selector.select(timeout=0.5):
-                if key.fileobj is self._listener:
-                    self._welcome()
-                else:
-                    self._answer(key.fileobj)
-            self._drop_silent()
+            self._step()
+        # Whoever is still in the listener's queue is the next agent's.
+        self._accept(False)
+        while self._deadlines:
+            self._step()
+
+    def _step(self) -> None:
+        for key, _ in self._selector.select(timeout=0.5):
+            if key.fileobj is self._listener:
+                self._welcome()
+            else:
+                self._answer(key.fileobj)
+        self._drop_silent()
 
     def _accept(self, wanted: bool) -> None:
         if wanted and not self._accepting:
@@ -383,7 +390,7 @@ class Server:
         connection.setblocking(False)
         self._deadlines[connection] = time.monotonic() + PATIENCE
         self._selector.register(connection, selectors.EVENT_READ)
-        self._accept(len(self._deadlines) < MOST_CLIENTS)
+        self._accept(not self.stopping and len(self._deadlines) < MOST_CLIENTS)
 
     def _answer(self, connection: Any) -> None:
         try:
@@ -410,7 +417,7 @@ class Server:
         self._selector.unregister(connection)
         del self._deadlines[connection]
         connection.close()
-        self._accept(len(self._deadlines) < MOST_CLIENTS)
+        self._accept(not self.stopping and len(self._deadlines) < MOST_CLIENTS)
 
     def _drop_silent(self) -> None:
         now = time.monotonic()
