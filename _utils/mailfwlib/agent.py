@@ -35,13 +35,13 @@ import time
 from pathlib import Path
 from typing import Any, Callable
 
-from mailfwlib import __version__, client, elements, messages, nft, parse, ruleset
+from mailfwlib import __version__, client, elements, messages, netlink, nft, parse, ruleset
 from mailfwlib.announcer import Announcer
 from mailfwlib.journal import DIRECTORY, Journal
 from mailfwlib.keeper import Keeper
 from mailfwlib.parse import Address
 from mailfwlib.reports import Reports
-from mailfwlib.settings import ROLES, Settings, login_ports
+from mailfwlib.settings import FAMILIES, ROLES, Settings, login_ports
 
 SETTINGS = Path("/etc/mailfw/settings.json")
 #: A client that has connected and says nothing is dropped after this many seconds.
@@ -95,23 +95,25 @@ class Agent:
 
     def _recall(self) -> None:
         """Learn from the kernel's sets who is trusted, once, at the start."""
-        now = time.time()
-        for family in ("ipv4", "ipv6"):
+        kernel, now = netlink.Kernel(), time.time()
+        for family in FAMILIES:
+            found: dict[str, list[tuple[int, float]]] = {}
             try:
-                listed = nft.elements(f"trusted_{family}")
-            except nft.NftError as err:
+                for value, _, left in kernel.elements(f"trusted_{family}"):
+                    address, _, port = value.partition(" . ")
+                    found.setdefault(address, []).append((int(port), now + (parse.LONGEST if left is None else left)))
+            except OSError as err:
                 log.warning("trusted_%s cannot be read: %s", family, err)
-                continue
-            for element in listed:
-                address, port = element["val"]["concat"]
-                self._note(parse.address(address), int(port), now + element.get("expires", parse.LONGEST))
+            for address, ports in found.items():
+                self._note(parse.address(address), ports, now + self.settings["trusted"]["period"])
 
-    def _note(self, key: Address, port: int, until: float) -> None:
-        beyond = until > time.time() + self.settings["trusted"]["period"]
-        if beyond or port not in elements.ports_for_login(key, self.settings):
-            self._given[key, port] = until
-        else:
-            self._remember(key, max(until, self._earned.get(key, 0.0)))
+    def _note(self, key: Address, ports: list[tuple[int, float]], longest: float) -> None:
+        opened = elements.ports_for_login(key, self.settings)
+        for port, until in ports:
+            if until > longest or port not in opened:
+                self._given[key, port] = until
+            else:
+                self._remember(key, max(until, self._earned.get(key, 0.0)))
 
     def refresh_settings(self) -> None:
         """Read the settings file again if it was replaced; keep the old settings if it cannot be read."""

@@ -37,7 +37,10 @@ mailfw agent hears reports of Dovecot:
     - show_changes: False
     - context:
         port: {{ report_port }}
-    - unless: doveconf -h auth_policy_server_url | grep -v '^http://127\.0\.0\.1:{{ report_port }}/$' | grep .
+    # Dovecot 2.4 writes it without auth_policy_, in a block of that name.
+    - unless: >-
+        doveconf -n | sed -n 's/^ *\(auth_policy_\)\{0,1\}server_url = //p'
+        | grep -vx 'http://127\.0\.0\.1:{{ report_port }}/' | grep .
     - require:
       - mailfw: mailfw settings are saved
 {%- endif %}

@@ -24,3 +24,10 @@ mailfw files are removed:
       - /usr/lib/mailfw
     - require:
       - cmd: mailfw ruleset is not loaded
+
+mailfw leaves no directory that it made:
+  cmd.run:
+    - name: rmdir /etc/nftables.d
+    - onlyif: find /etc/nftables.d -maxdepth 0 -empty | grep -q .
+    - require:
+      - file: mailfw files are removed

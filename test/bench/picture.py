@@ -19,6 +19,8 @@ COLOURS = {
 #: The picture's size and the height of a line of text in it, in pixels.
 WIDTH, HEIGHT, LINE = 920, 400, 18
 FONT = "Helvetica, Arial, sans-serif,14"
+#: Between two lines at one number of elements, so that their bars are not on top of each other.
+ASIDE = 0.03
 #: Where panels begin and end, as parts of the picture's height.
 BOTTOM, TOP = 0.13, 0.86
 #: The login hook waits no longer: see login_hook.py.
@@ -53,13 +55,15 @@ def spread(heights: dict[str, float], gap: float) -> dict[str, float]:
     return found
 
 
-def points(of_count: dict[int, list[Optional[float]]], counts: list[int]) -> list[tuple[float, ...]]:
+def points(
+    of_count: dict[int, list[Optional[float]]], counts: list[int], aside: float
+) -> list[tuple[float, float, float, float]]:
     """Return a line's points: place on the axis, median, lowest and highest value. 0 has no logarithm, but a place."""
     found = []
     for place, count in enumerate(counts):
         known = [value for value in of_count.get(count, []) if value is not None]
         if known:
-            found.append((place, statistics.median(known), min(known), max(known)))
+            found.append((place + aside, statistics.median(known), min(known), max(known)))
     return found
 
 
@@ -76,7 +80,10 @@ def labels(panel: Panel, ends: dict[str, float], place: float) -> list[str]:
 def script(panel: Panel) -> str:
     """Return what gnuplot is to do for a panel."""
     counts = sorted({count for of_count in panel.lines.values() for count in of_count})
-    drawn = {name: points(panel.lines[name], counts) for name in COLOURS if name in panel.lines}
+    names = [name for name in COLOURS if name in panel.lines]
+    drawn = {
+        name: points(panel.lines[name], counts, ASIDE * (number - len(names) / 2)) for number, name in enumerate(names)
+    }
     data = [
         f"$line{number} << END\n" + "\n".join(" ".join(f"{value:.5g}" for value in point) for point in line) + "\nEND"
         for number, line in enumerate(drawn.values())
@@ -91,11 +98,11 @@ def script(panel: Panel) -> str:
             "unset label; unset arrow",
             f"set lmargin at screen {panel.left}; set rmargin at screen {panel.right}",
             f"set yrange [{panel.lowest}:{panel.highest}]; set ytics ({panel.tics})",
-            f"set xrange [-0.15:{len(counts) + 0.1}]",
+            f"set xrange [-0.15:{len(counts) + 0.2}]",
             "set xtics (" + ", ".join(f'"{count:,}" {place}' for place, count in enumerate(counts)) + ")",
             f'set label "{panel.title}" at graph 0,1.09 font ",15"',
             panel.more,
-            *labels(panel, {name: line[-1][1] for name, line in drawn.items()}, len(counts) - 0.9),
+            *labels(panel, {name: line[-1][1] for name, line in drawn.items()}, len(counts) - 0.85),
             "plot " + ", ".join(styles),
         ]
     )

@@ -9,12 +9,27 @@ from __future__ import annotations
 import json
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from support.lab import ADDRESSES, SERVICES, Session, changed, client, configure_master, run, salt, set_pillar, states
+from support.lab import (
+    ADDRESSES,
+    SERVICES,
+    Session,
+    all_states,
+    changed,
+    client,
+    configure_master,
+    on_each,
+    run,
+    salt,
+    set_pillar,
+    states,
+)
 
+HOSTS = ("mx1", "mx2")
 #: Who trusts what in the demo's pillars: home's networks, where a mode has any.
 HOME = {"networks_ipv4": ["198.51.100.0/24"], "networks_ipv6": ["2001:db8:0:2::/64"]}
 LOGIN_SERVICES = [name for name in SERVICES if name != "smtp"]
@@ -58,43 +73,45 @@ def reachable(name: str, host: str) -> dict[int, list[str]]:
 def install() -> None:
     title("1. The master learns of the fleet, and a highstate from it guards two mail hosts")
     configure_master()
-    for host in ("mx1", "mx2"):
-        preview = salt(host, "state.apply", "mailfw", "test=True")[host]
-        show(f"{host}, test=True before the first run: {next(iter(preview.values()))['comment']}")
-        results = states(host)
-        print(f"  {host}: {len(results)} states, {len(changed(results))} changed")
-        observe(f"{host}: changes of a second highstate", changed(states(host)), [])
+    preview = all_states(HOSTS, "state.apply", "mailfw", "test=True")
+    first, second = all_states(HOSTS), all_states(HOSTS)
+    for host in HOSTS:
+        show(f"{host}, test=True before the first run: {next(iter(preview[host].values()))['comment']}")
+        print(f"  {host}: {len(first[host])} states, {len(changed(first[host]))} changed")
+        observe(f"{host}: changes of a second highstate", changed(second[host]), [])
 
 
 def forget() -> None:
     """Let a demo that is run again begin like the first."""
     for address in ("198.51.100.10", "2001:db8:0:2::10", "203.0.113.10", "2001:db8:0:3::10"):
-        salt("mx1,mx2", "mailfw.untrust", address)
+        salt(",".join(HOSTS), "mailfw.untrust", address)
     for address in ("198.18.0.66", "198.18.0.67", "2001:db8:0:66::66"):
-        salt("mx1,mx2", "mailfw.unban", address)
+        salt(",".join(HOSTS), "mailfw.unban", address)
 
 
 def modes() -> None:
     title("2. Each mode, as home (a trusted network in private mode), cafe and bot see every port, over IPv4 and IPv6")
     rounds = [("autoban", "private"), ("protected", "public"), ("private", "autoban"), ("public", "protected")]
     for prod, staging in rounds:
-        for host, environment, mode in (("mx1", "prod", prod), ("mx2", "staging", staging)):
-            trusted = {"trusted": HOME} if mode == "private" else {}
-            set_pillar(environment, protection={"type": mode}, **trusted)
-            states(host)
+        settings = (("mx1", "prod", prod), ("mx2", "staging", staging))
+        for _, environment, mode in settings:
+            set_pillar(environment, protection={"type": mode}, **({"trusted": HOME} if mode == "private" else {}))
+        all_states(HOSTS)
+        seen = on_each(product(("home", "cafe", "bot"), HOSTS), lambda pair: reachable(*pair))
+        for host, environment, mode in settings:
             for name in ("home", "cafe", "bot"):
-                anyone = OPEN_TO_ANYONE[mode]
-                wanted = list(SERVICES) if name == "home" and trusted else anyone
-                observe(f"{mode:9} {host} ({environment}) from {name:4}", reachable(name, host), {4: wanted, 6: wanted})
+                wanted = list(SERVICES) if (name, mode) == ("home", "private") else OPEN_TO_ANYONE[mode]
+                what = f"{mode:9} {host} ({environment}) from {name:4}"
+                observe(what, seen[name, host], {4: wanted, 6: wanted})
 
 
 def login_opens_submission() -> None:
     title("3. Protected mode: a login at mx1 opens submission on mx1 and, through Salt, on mx2")
-    for host, environment in (("mx1", "prod"), ("mx2", "staging")):
+    for environment in ("prod", "staging"):
         set_pillar(environment, protection={"type": "protected"}, reaction={"untrusted": "reject"})
-        states(host)
+    all_states(HOSTS)
     for name, version in (("home", 0), ("cafe", 1)):
-        watch = [[ADDRESSES[host][version], 587] for host in ("mx1", "mx2")]
+        watch = [[ADDRESSES[host][version], 587] for host in HOSTS]
         observe(f"{name}: submission on mx1 and mx2 before", client(name, "probe", targets=watch), ["refused"] * 2)
         waited = client(name, "login_opens", address=ADDRESSES["mx1"][version], watch=watch)["seconds"]
         observe(
@@ -105,7 +122,7 @@ def login_opens_submission() -> None:
         print(
             f"      from the login's OK to an accepted connection: {waited[0]:.3f} s on mx1, {waited[1]:.3f} s on mx2"
         )
-        for host in ("mx1", "mx2"):
+        for host in HOSTS:
             address, subject = ADDRESSES[host][version], f"{name} {host} {time.time()}"
             client(name, "send", address=address, subject=subject)
             observe(
@@ -114,7 +131,7 @@ def login_opens_submission() -> None:
                 True,
             )
     observe("bot: submission on mx1, still", client("bot", "probe", targets=[[ADDRESSES["mx1"][0], 587]]), ["refused"])
-    for host in ("mx1", "mx2"):
+    for host in HOSTS:
         print(f"  {host}: nft list set inet mailfw trusted_ipv4")
         show(run(host, "nft", "list", "set", "inet", "mailfw", "trusted_ipv4"))
 

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import queue
+import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from ipaddress import ip_network
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from lab.lablib import hosts
+from lab.lablib.shell import LabError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAB = REPOSITORY / "test/lab/lab"
 MAILCLIENT = REPOSITORY / "test/support/mailclient.py"
+SALTCLIENT = REPOSITORY / "test/support/saltclient.py"
+#: A call that takes longer than this many seconds hangs.
+SALT_LIMIT = 600
 
 ADDRESSES = {"mx1": ("192.0.2.11", "2001:db8:0:1::11"), "mx2": ("192.0.2.12", "2001:db8:0:1::12")}
 SERVICES = {
@@ -27,9 +38,25 @@ SERVICES = {
     "sieve": 4190,
 }
 
+Node = TypeVar("Node")
+Result = TypeVar("Result")
 
-class LabError(RuntimeError):
-    """A command in the lab failed."""
+
+def on_each(nodes: Iterable[Node], do: Callable[[Node], Result]) -> dict[Node, Result]:
+    """Do something with several hosts or clients at the same time; return host or client -> what came of it.
+
+    Raises AssertionError with what failed on each.
+    """
+    with ThreadPoolExecutor(20) as pool:
+        done = {node: pool.submit(do, node) for node in nodes}
+    failed = {node: error for node, future in done.items() if (error := future.exception())}
+    if failed:
+        raise AssertionError("\n".join(f"{node}: {_told(error)}" for node, error in failed.items()))
+    return {node: future.result() for node, future in done.items()}
+
+
+def _told(error: BaseException) -> str:
+    return "".join(traceback.format_exception(type(error), error, error.__traceback__))
 
 
 def lab(*arguments: str, check: bool = True, text: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -40,8 +67,13 @@ def lab(*arguments: str, check: bool = True, text: str | None = None) -> subproc
 
 
 def run(host: str, *command: str, check: bool = True, text: str | None = None) -> str:
-    """Run a command on a host; return what it printed."""
-    return lab("exec", host, "--", *command, check=check, text=text).stdout
+    """Run a command on a host, or on this machine in a client's network; return what it printed."""
+    # What `lab exec` becomes: starting that takes longer than most commands.
+    entered = hosts.enter_node(host, command)
+    done = subprocess.run(entered, input=text, capture_output=True, text=True, timeout=300, check=False)
+    if check and done.returncode:
+        raise LabError(f"{host}: {' '.join(command)}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done.stdout
 
 
 def client(name: str, do: str, **arguments: Any) -> Any:
@@ -53,49 +85,130 @@ def client(name: str, do: str, **arguments: Any) -> Any:
     return answer["result"]
 
 
-class Session:
+class Ongoing:
+    """Something that a client does (a function of mailclient.py) from here until it is told to end."""
+
+    def __init__(self, name: str, do: str, **arguments: Any):
+        request = json.dumps({"do": do, **arguments})
+        command = hosts.enter_node(name, [sys.executable, str(MAILCLIENT), request])
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout
+        if (said := self._process.stdout.readline()) != "ready\n":
+            raise LabError(f"{name}: {do} {arguments}: {said}")
+
+    def end(self) -> Any:
+        """Return what came of it."""
+        answer = json.loads(self._process.communicate("\n", timeout=60)[0])
+        if "error" in answer:
+            raise LabError(answer["error"])
+        return answer["result"]
+
+    def __enter__(self) -> Ongoing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+class Session(Ongoing):
     """An IMAP session that a client holds from here until :meth:`answers` asks whether it still works."""
 
     def __init__(self, name: str, address: str):
-        request = json.dumps({"do": "hold_session", "address": address})
-        command = [str(LAB), "exec", name, "--", sys.executable, str(MAILCLIENT), request]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout
-        if self._process.stdout.readline() != "ready\n":
-            raise LabError(f"{name}: no IMAP session with {address}")
+        super().__init__(name, "hold_session", address=address)
 
     def answers(self) -> bool:
-        output, _ = self._process.communicate("\n", timeout=30)
-        return json.loads(output) == {"result": True}
+        with suppress(LabError):
+            return self.end() is True
+        return False
 
 
-def salt(target: str, function: str, *arguments: str, timeout: int = 120) -> dict[str, Any]:
-    """Run a function on minions from the master; return minion -> what it returned."""
-    command = ["salt", "--out=json", "--static", f"--timeout={timeout}", "-L", target, function, *arguments]
-    done = lab("exec", "master", "--", *command, check=False)
-    try:
-        return json.loads(done.stdout[done.stdout.index("{") :])
-    except ValueError as err:
-        raise LabError(f"{' '.join(command)}: no JSON came\n{done.stdout}\n{done.stderr}") from err
+#: Networks of the client town, an IPv4 and an IPv6 one for whoever asks, so that its addresses are nobody else's.
+_town = iter([*zip(ip_network("198.19.128.0/17").subnets(4), ip_network("2001:db8:7000::/36").subnets(4))])
+
+
+def logins(host: str, then: Sequence[int] = ()) -> Ongoing:
+    """Have people log in at a host again and again, over both versions of IP, and connect to some ports after their OK.
+
+    Each login is from another address. See come_and_go in mailclient.py for what it tells in the end.
+    """
+    targets = [[address, str(network)] for address, network in zip(ADDRESSES[host], next(_town))]
+    return Ongoing("town", "come_and_go", targets=targets, then=list(then))
+
+
+class SaltClient:
+    """A Salt client that runs on the master and makes one call after the other: see saltclient.py."""
+
+    def __init__(self) -> None:
+        command = hosts.enter_node("master", ["/opt/salt/bin/python", "-c", SALTCLIENT.read_text()])
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def runs(self) -> bool:
+        return self._process.poll() is None
+
+    def call(self, *request: Any) -> dict[str, Any]:
+        assert self._process.stdin
+        assert self._process.stdout
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        answered = select.select([self._process.stdout], [], [], SALT_LIMIT)[0]
+        answer = json.loads(self._process.stdout.readline() or '"it has ended"') if answered else "no answer in time"
+        if isinstance(answer, dict):
+            return answer
+        self._process.kill()
+        self._process.communicate()
+        raise LabError(f"Salt on the master: {request}: {answer}")
+
+
+#: Salt clients that have nothing to do.
+_idle: queue.SimpleQueue[SaltClient] = queue.SimpleQueue()
+
+
+def _salt_client() -> SaltClient:
+    """Return a client that runs; those of a lab that went down do not."""
+    with suppress(queue.Empty):
+        while True:
+            client = _idle.get_nowait()
+            if client.runs():
+                return client
+    return SaltClient()
+
+
+def salt(target: str, function: str, *arguments: str, timeout: int = 200) -> dict[str, Any]:
+    """Run a function on minions from the master; return minion -> what it returned, or that it did not."""
+    client = _salt_client()
+    answers = client.call(target.split(","), function, arguments, timeout)
+    _idle.put(client)
+    return answers
 
 
 def states(host: str, *arguments: str) -> dict[str, dict[str, Any]]:
     """Apply states to a host from the master, by default the highstate; return the results by state ID and name."""
-    return _results(host, salt(host, *(arguments or ("state.highstate",)))[host])
+    return all_states([host], *arguments)[host]
+
+
+def all_states(names: Sequence[str], *arguments: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Apply states to hosts at the same time, in one job; return host -> results by state ID and name."""
+    answers = salt(",".join(names), *(arguments or ("state.highstate",)))
+    return {host: _results(host, answers.get(host, "no answer")) for host in names}
 
 
 def configure_master() -> dict[str, dict[str, Any]]:
     """Apply mailfw.reactor to the master, on the master itself, since it restarts when its configuration changes."""
-    command = ["salt-call", "--out=json", "state.apply", "mailfw.reactor"]
-    output = lab("exec", "master", "--", *command, check=False).stdout
+    output = run("master", "salt-call", "--out=json", "state.apply", "mailfw.reactor", check=False)
     results = _results("master", json.loads(output[output.index("{") :])["local"])
-    wait_until(lambda: len(answering()) == 3, "the minions answer the master")
+    wait_for_minions("master", *ADDRESSES)
     return results
 
 
-def answering() -> list[str]:
-    """Return the minions that answer."""
-    return [host for host, answer in salt("mx1,mx2,master", "test.ping", timeout=5).items() if answer is True]
+def wait_for_minions(*names: str) -> None:
+    """Wait until the master is there and these minions answer it."""
+
+    def answer() -> bool:
+        with suppress(LabError):
+            return salt(",".join(names), "test.ping", timeout=3) == dict.fromkeys(names, True)
+        return False
+
+    wait_until(answer, f"{', '.join(names)} answer")
 
 
 def wait_until(true: Callable[[], Any], what: str, limit: float = 60) -> None:
@@ -190,10 +303,17 @@ def slow_logins(host: str, seconds: float) -> Iterator[None]:
         run(host, "doveadm", "reload")
         yield
     finally:
-        run(host, "rm", path)
+        run(host, "rm", path, "/etc/pam.d/lab-slow")
         run(host, "doveadm", "reload")
 
 
-def trusted(host: str) -> dict[str, dict[str, str]]:
-    """Return the addresses that a host trusts, as its execution module lists them."""
-    return salt(host, "mailfw.list_trusted")[host]
+def elements(host: str, name: str) -> dict[str, float]:
+    """Return the elements of a set: element -> seconds left."""
+    listed = json.loads(run(host, "nft", "-j", "list", "set", "inet", "mailfw", name))
+    found = {}
+    for entry in next(one["set"] for one in listed["nftables"] if "set" in one).get("elem", []):
+        one = entry["elem"] if isinstance(entry, dict) and "elem" in entry else {"val": entry}
+        value = one["val"]
+        text = " . ".join(map(str, value["concat"])) if isinstance(value, dict) else str(value)
+        found[text] = one.get("expires", float("inf"))
+    return found

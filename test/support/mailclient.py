@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import base64
 import imaplib
+import itertools
 import json
 import poplib
 import smtplib
 import socket
 import ssl
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from email.message import EmailMessage
+from ipaddress import ip_network
 from typing import Any
 
 IMPLICIT_TLS = {465, 993, 995}
@@ -28,6 +31,10 @@ STARTTLS = {
     587: [(b"EHLO lab.test", b"250 "), (b"STARTTLS", b"220 ")],
 }
 PASSWORD = "secret"
+#: Seconds in which a connection that is held is let in or refused.
+HELD = 10.0
+#: Seconds between two logins at an address in come_and_go.
+PAUSE = 1.0
 
 
 def tls() -> ssl.SSLContext:
@@ -221,6 +228,49 @@ def hold_session(address: str, source: str | None = None) -> bool:
     answers = client.noop()[0] == "OK" and client.search(None, "ALL")[0] == "OK"
     client.logout()
     return answers
+
+
+def come_and_go(targets: list[list[str]], then: list[int]) -> list[dict[str, Any]]:
+    """Log in over IMAP at each [address, network] again and again, until a line comes on standard input, each time from
+    another address of the network, for IPv6 another /64. Connect to some ports right after each OK.
+
+    Say for each login when it began, how long the client waited for its OK, what became of each port, or the error.
+    """
+    visits: list[dict[str, Any]] = []
+    leaving = threading.Event()
+
+    def one(address: str, source: str) -> None:
+        visit: dict[str, Any] = {"at": address, "source": source, "began": time.time(), "ports": {}}
+        visits.append(visit)
+        try:
+            session = imap_login(address, source)
+            visit["seconds"] = time.time() - visit["began"]
+            for port in then:
+                began = time.time()
+                outcome = probe_one(address, port, source, HELD)
+                visit["ports"][port] = {"outcome": outcome, "seconds": time.time() - began}
+            session.logout()
+        except (OSError, imaplib.IMAP4.error) as err:
+            visit["error"] = f"{type(err).__name__}: {err}"
+
+    def resident(address: str, network: str) -> None:
+        sources = ip_network(network)
+        step = 1 if sources.version == 4 else 1 << 64
+        for number in itertools.count(1):
+            one(address, str(sources.network_address + number * step + 1))
+            if leaving.wait(PAUSE):
+                break
+
+    with ThreadPoolExecutor(len(targets)) as pool:
+        done = [pool.submit(resident, *target) for target in targets]
+        while len(visits) < 2 * len(done) and not any(one.done() for one in done):
+            time.sleep(0.01)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        leaving.set()
+    for each in done:
+        each.result()
+    return visits
 
 
 def guess(address: str, tries: int, source: str | None = None, at_once: int = 8) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +14,17 @@ from testinfra.backend.base import BaseBackend, CommandResult
 
 from support import lab
 
+from .inventory import inventory
+
 HOSTS = ("mx1", "mx2")
 ENVIRONMENTS = {"mx1": "prod", "mx2": "staging"}
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """What the first states said and did on hosts that had never seen mailfw: host -> results by state ID."""
+    """What was on hosts that had never seen mailfw, and what the first states said and did there, by state ID."""
 
+    before: dict[str, dict[str, str]]
     preview: dict[str, Any]
     first: dict[str, Any]
 
@@ -31,10 +36,23 @@ def fleet() -> Iterator[Beginning]:
     try:
         lab.lab("up")
         lab.configure_master()
-        preview = {host: lab.states(host, "state.apply", "mailfw", "test=True") for host in HOSTS}
-        yield Beginning(preview, {host: lab.states(host, "state.apply", "mailfw") for host in HOSTS})
+        before = lab.on_each(HOSTS, inventory)
+        preview = lab.all_states(HOSTS, "state.apply", "mailfw", "test=True")
+        yield Beginning(before, preview, lab.all_states(HOSTS, "state.apply", "mailfw"))
     finally:
         lab.lab("down")
+
+
+def on_both_hosts(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test of one host, ``def test_it(host)``, on both hosts at the same time; report what fails on either."""
+
+    @functools.wraps(test)
+    def both(**fixtures: Any) -> None:
+        lab.on_each(HOSTS, lambda host: test(host=host, **fixtures))
+
+    others = [one for name, one in inspect.signature(test).parameters.items() if name != "host"]
+    both.__signature__ = inspect.Signature(others)  # what pytest asks for
+    return both
 
 
 @pytest.fixture

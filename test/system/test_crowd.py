@@ -27,10 +27,9 @@ BOT = ("198.18.0.66", "2001:db8:0:66::")
 def autoban(fleet):
     for host in HOSTS:
         lab.set_pillar(ENVIRONMENTS[host], protection={"type": "autoban"})
-        lab.states(host, "state.apply", "mailfw")
+    lab.all_states(HOSTS, "state.apply", "mailfw")
     yield
-    for host in HOSTS:
-        lab.states(host)
+    lab.all_states(HOSTS)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 from support import lab
 from support.lab import changed
 
-from .conftest import ENVIRONMENTS, HOSTS
+from .conftest import ENVIRONMENTS, HOSTS, on_both_hosts
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -28,9 +28,8 @@ def test_first_state_apply_brings_everything_at_once(fleet):
 
 
 @pytest.mark.parametrize("arguments", [(), ("state.highstate", "test=True")], ids=["real", "test"])
-@pytest.mark.parametrize("host", HOSTS)
-def test_second_highstate_changes_nothing(fleet, host, arguments):
-    assert changed(lab.states(host, *arguments)) == []
+def test_second_highstate_changes_nothing(fleet, arguments):
+    assert [changed(results) for results in lab.all_states(HOSTS, *arguments).values()] == [[], []]
 
 
 def test_master_state_changes_nothing_the_second_time(fleet):
@@ -45,7 +44,7 @@ def test_masters_own_reactor_and_peers_still_work(fleet):
     assert json.loads(lab.run("mx1", "salt-call", "--out=json", "publish.runner", "manage.up"))["local"]
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@on_both_hosts
 def test_wrong_pillar_is_reported_as_a_whole_and_changes_nothing(fleet, host):
     before = lab.run(host, "nft", "-s", "list", "ruleset")
     lab.set_pillar(
@@ -86,7 +85,7 @@ def test_a_mode_switch_shows_a_diff_that_test_mode_has_shown(mode):
         mode("mx1", "autoban")
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@on_both_hosts
 def test_a_configuration_that_dovecot_refuses_does_not_stay(fleet, host):
     ours, broken = "/etc/dovecot/conf.d/99-mailfw.conf", "/etc/dovecot/conf.d/98-broken.conf"
     lab.run(host, "rm", ours)
@@ -101,9 +100,11 @@ def test_a_configuration_that_dovecot_refuses_does_not_stay(fleet, host):
     assert lab.run(host, "cat", ours)
 
 
-@pytest.mark.parametrize("host", HOSTS)
-def test_rules_are_there_after_a_reboot(fleet, host):
-    before = lab.run(host, "nft", "-s", "list", "map", "inet", "mailfw", "services")
-    lab.lab("reboot", host)
-    assert lab.run(host, "nft", "-s", "list", "map", "inet", "mailfw", "services") == before
-    assert changed(lab.states(host)) == []
+def test_rules_are_there_after_a_reboot(fleet):
+    def services(host):
+        return lab.run(host, "nft", "-s", "list", "map", "inet", "mailfw", "services")
+
+    before = lab.on_each(HOSTS, services)
+    lab.lab("reboot", *HOSTS)
+    assert lab.on_each(HOSTS, services) == before
+    assert [changed(results) for results in lab.all_states(HOSTS).values()] == [[], []]

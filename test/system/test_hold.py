@@ -18,7 +18,7 @@ HELD = 4.0
 def protected(fleet):
     for host in HOSTS:
         lab.set_pillar(ENVIRONMENTS[host], protection={"type": "protected"}, reaction={"untrusted": "hold"})
-        lab.states(host, "state.apply", "mailfw")
+    lab.all_states(HOSTS, "state.apply", "mailfw")
 
 
 @pytest.fixture(autouse=True)

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from support import lab
-from support.lab import ADDRESSES, changed, wait_until
+from support.lab import ADDRESSES, changed, elements, wait_until
 
-from .conftest import HOSTS
+from .conftest import ENVIRONMENTS, HOSTS, on_both_hosts
 
+BOTH = ",".join(HOSTS)
 TRUSTED, BANNED, BLOCKED, ENDING = "192.0.2.101", "2001:db8:77::", "192.0.2.103", "192.0.2.104"
 #: Keeps a minion from starting.
 OFF = "/etc/systemd/system/salt-minion.service.d/off.conf"
-
-
-def elements(host: str, name: str) -> dict[str, float]:
-    """Return the elements of a set: element -> seconds left."""
-    listed = json.loads(lab.run(host, "nft", "-j", "list", "set", "inet", "mailfw", name))
-    found = {}
-    for entry in next(one["set"] for one in listed["nftables"] if "set" in one).get("elem", []):
-        one = entry["elem"] if isinstance(entry, dict) and "elem" in entry else {"val": entry}
-        value = one["val"]
-        text = " . ".join(map(str, value["concat"])) if isinstance(value, dict) else str(value)
-        found[text] = one.get("expires", float("inf"))
-    return found
 
 
 def rules(host: str) -> list[str]:
@@ -48,26 +35,30 @@ def is_guarded(host: str) -> bool:
     )
 
 
-def uptime(host: str) -> float:
-    return float(lab.run(host, "cut", "-d ", "-f1", "/proc/uptime"))
-
-
-@pytest.fixture
-def guarded(fleet: object, mode: object, request: pytest.FixtureRequest) -> Iterator[str]:
-    """A host that trusts, has banned and has blocked somebody."""
-    host = request.param
-    lab.salt(host, "mailfw.trust", TRUSTED)
-    lab.salt(host, "mailfw.trust", ENDING, "period=4s")
-    lab.salt(host, "mailfw.ban", BANNED)
-    lab.salt(host, "mailfw.block", BLOCKED)
-    assert is_guarded(host)
-    yield host
+@pytest.fixture(scope="module", autouse=True)
+def somebody(fleet: object) -> Iterator[None]:
+    """Both hosts are in protected mode, and trust, have banned and have blocked somebody."""
+    for environment in ENVIRONMENTS.values():
+        lab.set_pillar(environment, protection={"type": "protected"})
+    lab.all_states(HOSTS)
+    know_somebody(BOTH)
+    yield
     for verb, address in (("untrust", TRUSTED), ("unban", BANNED), ("unblock", BLOCKED)):
-        lab.salt(host, f"mailfw.{verb}", address)
-    assert changed(lab.states(host)) == []
+        lab.salt(BOTH, f"mailfw.{verb}", address)
 
 
-on_both_hosts = pytest.mark.parametrize("guarded", HOSTS, indirect=True)
+def know_somebody(hosts: str) -> None:
+    for verb, address in (("trust", TRUSTED), ("ban", BANNED), ("block", BLOCKED)):
+        lab.salt(hosts, f"mailfw.{verb}", address)
+
+
+@pytest.fixture(autouse=True)
+def guarded(somebody: None) -> Iterator[None]:
+    """Everything is there before each test, and a highstate has nothing to do after it."""
+    assert lab.on_each(HOSTS, is_guarded) == dict.fromkeys(HOSTS, True)
+    yield
+    assert [changed(results) for results in lab.all_states(HOSTS).values()] == [[], []]
+
 
 SOMEBODY = {
     "restart of nftables": ("systemctl", "restart", "nftables"),
@@ -81,139 +72,149 @@ SOMEBODY = {
 
 
 @on_both_hosts
-def test_whatever_flushes_the_rules_takes_nothing_away(guarded: str) -> None:
-    before = rules(guarded)
-    left = elements(guarded, "trusted_ipv4")[f"{TRUSTED} . 587"]
+def test_whatever_flushes_the_rules_takes_nothing_away(host: str) -> None:
+    before = rules(host)
+    left, began = elements(host, "trusted_ipv4")[f"{TRUSTED} . 587"], time.monotonic()
     for what, command in SOMEBODY.items():
-        session = lab.Session("home", ADDRESSES[guarded][0])
-        lab.run(guarded, *command)
-        wait_until(lambda: is_guarded(guarded), f"everything is back after {what}", 6)
-        assert rules(guarded) == before, what
+        session = lab.Session("home", ADDRESSES[host][0])
+        lab.run(host, *command)
+        wait_until(lambda: is_guarded(host), f"everything is back after {what}", 6)
+        assert rules(host) == before, what
         assert session.answers(), what
-    assert left - 60 < elements(guarded, "trusted_ipv4")[f"{TRUSTED} . 587"] <= left
-    assert lab.salt(guarded, "mailfw.status")[guarded]["rules"] == "loaded"
+    passed = time.monotonic() - began
+    assert left - passed - 5 < elements(host, "trusted_ipv4")[f"{TRUSTED} . 587"] <= left
+    assert lab.salt(host, "mailfw.status")[host]["rules"] == "loaded"
 
 
-@on_both_hosts
-def test_reboot_keeps_everything_and_downtime_counts_without_salt(
-    guarded: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def minions_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Keep Salt's minions from starting with their hosts."""
+    for host in HOSTS:
+        lab.run(host, "tee", OFF, text="[Unit]\nConditionPathExists=/nowhere\n")
     monkeypatch.setenv("LAB_PING_LIMIT", "1")
-    left = elements(guarded, "trusted_ipv4")[f"{TRUSTED} . 587"]
+    yield
+    for host in HOSTS:
+        lab.run(host, "rm", OFF)
+        lab.run(host, "systemctl", "daemon-reload")
+        lab.run(host, "systemctl", "start", "salt-minion")
+    lab.wait_for_minions(*HOSTS)
+
+
+def test_reboot_keeps_everything_and_downtime_counts_without_salt(minions_off: None) -> None:
+    lab.salt(BOTH, "mailfw.trust", ENDING, "period=4s")
+    left = lab.on_each(HOSTS, lambda host: elements(host, "trusted_ipv4")[f"{TRUSTED} . 587"])
     began = time.monotonic()
-    lab.run(guarded, "mkdir", "-p", str(Path(OFF).parent))
-    lab.run(guarded, "tee", OFF, text="[Unit]\nConditionPathExists=/nowhere\n")
-    lab.lab("reboot", guarded, check=False)
-    monkeypatch.undo()
-    try:
-        assert is_guarded(guarded)
+    lab.lab("reboot", *HOSTS, check=False)
+
+    def is_as_before(host: str) -> None:
+        assert is_guarded(host)
         passed = time.monotonic() - began
-        now = elements(guarded, "trusted_ipv4")
-        assert left - passed - 3 < now[f"{TRUSTED} . 587"] <= left - 1
+        now = elements(host, "trusted_ipv4")
+        assert left[host] - passed - 3 < now[f"{TRUSTED} . 587"] <= left[host] - 1
         assert passed > 4
         assert f"{ENDING} . 587" not in now
-        assert lab.run(guarded, "systemctl", "is-active", "salt-minion", check=False).strip() == "inactive"
-        assert lab.client("home", "login", address=ADDRESSES[guarded][0])
-        order = lab.run(
-            guarded,
-            "systemctl",
-            "show",
-            "-p",
-            "ActiveEnterTimestampMonotonic",
-            "--value",
-            "mailfw",
-            "network-pre.target",
-        ).split()
-        assert 0 < int(order[0]) <= int(order[1])
-    finally:
-        lab.run(guarded, "rm", OFF)
-        lab.run(guarded, "systemctl", "daemon-reload")
-        lab.run(guarded, "systemctl", "start", "salt-minion")
-        wait_until(lambda: len(lab.answering()) == 3, "the minions answer")
+        assert lab.run(host, "systemctl", "is-active", "salt-minion", check=False).strip() == "inactive"
+        assert lab.client("home", "login", address=ADDRESSES[host][0])
+        entered = ("show", "-p", "ActiveEnterTimestampMonotonic", "--value", "mailfw", "network-pre.target")
+        rules_at, network_at = map(int, lab.run(host, "systemctl", *entered).split())
+        assert 0 < rules_at <= network_at
+
+    lab.on_each(HOSTS, is_as_before)
 
 
-@on_both_hosts
-def test_power_failure_loses_no_more_than_a_minute(guarded: str) -> None:
+def test_power_failure_loses_no_more_than_a_minute() -> None:
     """The agent takes a snapshot each minute, and one when it starts."""
-    lab.run(guarded, "systemctl", "restart", "mailfw-agent")
-    wait_until(lambda: TRUSTED in lab.run(guarded, "cat", "/var/lib/mailfw/snapshot", check=False), "a snapshot")
-    lab.run(guarded, "systemctl", "--force", "--force", "poweroff", check=False)
+
+    def fail(host: str) -> None:
+        lab.run(host, "systemctl", "restart", "mailfw-agent")
+        wait_until(lambda: TRUSTED in lab.run(host, "cat", "/var/lib/mailfw/snapshot", check=False), "a snapshot")
+        lab.run(host, "systemctl", "--force", "--force", "poweroff", check=False)
+
+    lab.on_each(HOSTS, fail)
     lab.lab("up")
-    wait_until(lambda: len(lab.answering()) == 3, "the minions answer")
-    assert is_guarded(guarded)
+    assert lab.on_each(HOSTS, is_guarded) == dict.fromkeys(HOSTS, True)
 
 
 @on_both_hosts
-def test_stopping_opens_and_is_not_repaired(guarded: str) -> None:
-    lab.run(guarded, "systemctl", "stop", "mailfw")
+def test_stopping_opens_and_is_not_repaired(host: str) -> None:
+    lab.run(host, "systemctl", "stop", "mailfw")
     try:
         time.sleep(3)
-        assert rules(guarded) == []
+        assert rules(host) == []
     finally:
-        lab.run(guarded, "systemctl", "start", "mailfw")
-    assert is_guarded(guarded)
+        lab.run(host, "systemctl", "start", "mailfw")
+    assert is_guarded(host)
 
 
 @on_both_hosts
-def test_highstate_after_stopping_brings_everything_back(guarded: str) -> None:
-    lab.run(guarded, "systemctl", "stop", "mailfw")
-    assert "mailfw rules are kept mailfw" in changed(lab.states(guarded))
-    assert is_guarded(guarded)
+def test_highstate_after_stopping_brings_everything_back(host: str) -> None:
+    lab.run(host, "systemctl", "stop", "mailfw")
+    assert "mailfw rules are kept mailfw" in changed(lab.states(host))
+    assert is_guarded(host)
 
 
 @on_both_hosts
-def test_without_python_the_rules_are_loaded_and_logins_go_on(guarded: str) -> None:
+def test_without_python_the_rules_are_loaded_and_logins_go_on(host: str) -> None:
     """As in the middle of a distribution's upgrade."""
-    real = lab.run(guarded, "readlink", "-f", "/usr/bin/python3").strip()
-    lab.run(guarded, "mailfw-open", "1h", "python is broken")
-    lab.run(guarded, "systemctl", "restart", "mailfw-agent")
-    lab.run(guarded, "mv", real, f"{real}.away")
-    try:
-        assert lab.client("home", "login", address=ADDRESSES[guarded][0])["seconds"] < 3
-        lab.run(guarded, "systemctl", "stop", "mailfw")
-        assert rules(guarded) == []
-        lab.run(guarded, "systemctl", "start", "mailfw")
-        assert any("chain guarded" in line for line in rules(guarded))
-        assert "tcp" in elements(guarded, "break_glass")
-        lab.run(guarded, "mailfw-open", "close")
-    finally:
-        lab.run(guarded, "mv", f"{real}.away", real)
-    lab.run(guarded, "systemctl", "reset-failed")
-    lab.run(guarded, "systemctl", "restart", "mailfw-agent")
-    lab.salt(guarded, "mailfw.apply")
-    for verb, address in (("trust", TRUSTED), ("ban", BANNED), ("block", BLOCKED)):
-        lab.salt(guarded, f"mailfw.{verb}", address)
+    real = lab.run(host, "readlink", "-f", "/usr/bin/python3").strip()
+    lab.run(host, "mailfw-open", "1h", "python is broken")
+    lab.run(host, "systemctl", "restart", "mailfw-agent")
+    with lab.logins(host) as people:
+        lab.run(host, "mv", real, f"{real}.away")
+        began = time.time()
+        try:
+            assert lab.client("home", "login", address=ADDRESSES[host][0])["seconds"] < 3
+            lab.run(host, "systemctl", "stop", "mailfw")
+            assert rules(host) == []
+            lab.run(host, "systemctl", "start", "mailfw")
+            assert any("chain guarded" in line for line in rules(host))
+            assert "tcp" in elements(host, "break_glass")
+            lab.run(host, "mailfw-open", "close")
+            wait_until(lambda: time.time() > began + 5, "people have logged in")
+        finally:
+            ended = time.time()
+            lab.run(host, "mv", f"{real}.away", real)
+            lab.run(host, "systemctl", "reset-failed")
+            lab.run(host, "systemctl", "restart", "mailfw-agent")
+            lab.salt(host, "mailfw.apply")
+            know_somebody(host)
+        visits = people.end()
+    assert [one for one in visits if "error" in one] == []
+    assert max(one["seconds"] for one in visits) < 3
+    for address in ADDRESSES[host]:
+        assert len([one for one in visits if one["at"] == address and began < one["began"] < ended]) >= 3
+
+
+def test_way_out_outlives_a_reboot_and_highstates() -> None:
+    said = lab.on_each(HOSTS, lambda host: lab.run(host, "mailfw-open", "2h", "nobody can log in"))
+    lab.lab("reboot", *HOSTS)
+    results, status = lab.all_states(HOSTS), lab.salt(BOTH, "mailfw.status")
+
+    def is_open_until_it_is_closed(host: str) -> None:
+        assert "open for everyone until" in said[host]
+        assert changed(results[host]) == []
+        assert any("nobody can log in" in one["comment"] for one in results[host].values())
+        assert "nobody can log in" in status[host]["warnings"][0]
+        assert 7000 < elements(host, "break_glass")["tcp"] < 7200
+        lab.run(host, "mailfw-open", "close")
+        assert elements(host, "break_glass") == {}
+        assert lab.salt(host, "mailfw.status")[host]["warnings"] == []
+
+    lab.on_each(HOSTS, is_open_until_it_is_closed)
 
 
 @on_both_hosts
-def test_way_out_outlives_a_reboot_and_highstates(guarded: str, mode: object) -> None:
-    said = lab.run(guarded, "mailfw-open", "2h", "nobody can log in")
-    assert "open for everyone until" in said
-    lab.lab("reboot", guarded)
-    wait_until(lambda: len(lab.answering()) == 3, "the minions answer")
-    results = lab.states(guarded)
-    assert changed(results) == []
-    assert any("nobody can log in" in one["comment"] for one in results.values())
-    status = lab.salt(guarded, "mailfw.status")[guarded]
-    assert "nobody can log in" in status["warnings"][0]
-    assert 7000 < elements(guarded, "break_glass")["tcp"] < 7200
-    lab.run(guarded, "mailfw-open", "close")
-    assert elements(guarded, "break_glass") == {}
-    assert lab.salt(guarded, "mailfw.status")[guarded]["warnings"] == []
-
-
-@on_both_hosts
-def test_way_out_through_salt(guarded: str) -> None:
-    done = lab.salt(guarded, "mailfw.open", "1h", "reason=asked by Salt")[guarded]
+def test_way_out_through_salt(host: str) -> None:
+    done = lab.salt(host, "mailfw.open", "1h", "reason=asked by Salt")[host]
     assert "asked by Salt" in done["open"]
-    assert "tcp" in elements(guarded, "break_glass")
-    check = lab.salt(guarded, "mailfw.check", BLOCKED)[guarded]["services"]["imap"]
+    assert "tcp" in elements(host, "break_glass")
+    check = lab.salt(host, "mailfw.check", BLOCKED)[host]["services"]["imap"]
     assert "open for everyone" in check
-    lab.salt(guarded, "mailfw.close")
-    assert elements(guarded, "break_glass") == {}
+    lab.salt(host, "mailfw.close")
+    assert elements(host, "break_glass") == {}
 
 
-def test_way_out_of_the_whole_fleet(fleet: object) -> None:
+def test_way_out_of_the_whole_fleet() -> None:
     said = lab.run("master", "salt-run", "mailfw.open", "2h", "nobody can log in")
     try:
         assert said.count("nobody can log in") == len(HOSTS)

@@ -7,16 +7,16 @@ import pytest
 from support import lab
 from support.lab import ADDRESSES
 
-from .conftest import HOSTS
+from .conftest import ENVIRONMENTS, HOSTS
 
 PROTECTED = {"reaction": {"untrusted": "reject"}}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def protected(fleet):
-    for host, environment in (("mx1", "prod"), ("mx2", "staging")):
+    for environment in ENVIRONMENTS.values():
         lab.set_pillar(environment, protection={"type": "protected"}, **PROTECTED)
-        lab.states(host, "state.apply", "mailfw")
+    lab.all_states(HOSTS, "state.apply", "mailfw")
 
 
 FORGET = """
@@ -96,7 +96,7 @@ def test_agent_trusts_without_salt(host):
         assert lab.client("cafe", "login_then_connect", address=address, protocol="imap") == "open"
     finally:
         lab.run(host, "systemctl", "start", "salt-minion")
-        lab.wait_until(lambda: lab.salt(host, "test.ping", timeout=5).get(host) is True, "the minion is back")
+        lab.wait_for_minions(host)
 
 
 @pytest.mark.parametrize("host", HOSTS)

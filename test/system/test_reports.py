@@ -7,7 +7,7 @@ import pytest
 from support import lab
 from support.lab import ADDRESSES, wait_until
 
-from .conftest import ENVIRONMENTS, HOSTS
+from .conftest import ENVIRONMENTS, HOSTS, on_both_hosts
 
 #: As which the hosts see the client home.
 HOME = ("198.51.100.10", "2001:db8:0:2::")
@@ -18,7 +18,7 @@ CONF = "/etc/mailfw/dovecot-reports.conf"
 def autoban(fleet):
     for host in HOSTS:
         lab.set_pillar(ENVIRONMENTS[host], protection={"type": "autoban"})
-        lab.states(host, "state.apply", "mailfw")
+    lab.all_states(HOSTS, "state.apply", "mailfw")
 
 
 @pytest.fixture(autouse=True)
@@ -53,13 +53,13 @@ def test_a_wrong_password_is_no_login(host):
 def test_the_secret_is_for_root_and_others_can_read_the_rest(host):
     """Dovecot's own tools read its configuration as whoever starts them."""
     assert lab.run(host, "stat", "-c", "%a %U", CONF).split() == ["600", "root"]
-    as_nobody = ("setpriv", "--reuid=nobody", "--clear-groups", "doveconf")
-    assert "mailfw-login" in lab.run(host, *as_nobody, "service/mailfw-login/executable")
-    assert lab.run(host, *as_nobody, "-h", "auth_policy_server_api_header").strip() == ""
-    assert "X-Mailfw-Secret: " in lab.run(host, "doveconf", "-h", "auth_policy_server_api_header")
+    seen_by_nobody = lab.run(host, "setpriv", "--reuid=nobody", "--clear-groups", "doveconf", "-n")
+    assert "mailfw-login" in seen_by_nobody
+    assert "server_api_header" not in seen_by_nobody
+    assert "server_api_header = X-Mailfw-Secret: " in lab.run(host, "doveconf", "-n")
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@on_both_hosts
 def test_another_policy_server_is_left_alone(host):
     """Dovecot has one policy server at most."""
     other = "/etc/dovecot/conf.d/50-policy.conf"
@@ -67,9 +67,9 @@ def test_another_policy_server_is_left_alone(host):
     lab.run(host, "rm", CONF)
     try:
         lab.states(host, "state.apply", "mailfw")
-        assert "192.0.2.99" in lab.run(host, "doveconf", "-h", "auth_policy_server_url")
+        assert "server_url = http://192.0.2.99:4001/" in lab.run(host, "doveconf", "-n")
         assert lab.run(host, "ls", "/etc/mailfw").split() == ["settings.json"]
     finally:
         lab.run(host, "rm", other)
         lab.states(host, "state.apply", "mailfw")
-    assert "127.0.0.1:4145" in lab.run(host, "doveconf", "-h", "auth_policy_server_url")
+    assert "server_url = http://127.0.0.1:4145/" in lab.run(host, "doveconf", "-n")

@@ -13,14 +13,13 @@ from pathlib import Path
 from . import images
 from .network import namespace_path
 from .shell import LabError, run, tail, wait_until
-from .topology import DOMAIN, HOSTS, PREFIX, Host
+from .topology import CLIENTS, DOMAIN, HOSTS, PREFIX, Host
 
 LAB = Path(__file__).resolve().parent.parent
 REPOSITORY = LAB.parent.parent
 STATE = Path("/run/mailfw-lab")
 NSPAWN_STATE = Path("/run/systemd/nspawn")
 BOOT_LIMIT = 60.0
-# salt-minion alone takes up to ten seconds to stop.
 STOP_LIMIT = 30.0
 SWITCH_OFF_LIMIT = 3.0
 KILL_LIMIT = 10.0
@@ -146,7 +145,9 @@ def nspawn_options(host: Host) -> list[str]:
         "--link-journal=no",
     ]
     if "salt-master.service" in host.enabled:
-        options.append(f"--bind-ro={str(REPOSITORY).replace(':', chr(92) + ':')}:/srv/formula")
+        # Not the whole repository: Salt would walk through all of it again and again.
+        for part in (REPOSITORY / "mailfw", *sorted(REPOSITORY.glob("_*"))):
+            options.append(f"--bind-ro={str(part).replace(':', chr(92) + ':')}:/srv/formula/{part.name}")
     return options
 
 
@@ -222,6 +223,17 @@ def alive(host: Host) -> bool:
     return nspawn_pid(host) != 0
 
 
+def enter_node(name: str, command: Sequence[str]) -> list[str]:
+    """The command line that runs a command in the host of that name, or on this machine in that client's network."""
+    for host in HOSTS:
+        if host.name == name:
+            return enter(host, command)
+    for client in CLIENTS:
+        if client.name == name and namespace_path(client).exists():
+            return ["nsenter", f"--net={namespace_path(client)}", *command]
+    raise LabError(f"{name}: not in the lab, or the lab is down; `lab up` makes the clients' networks")
+
+
 def enter(host: Host, command: Sequence[str]) -> list[str]:
     """The command line that runs a command in a host, with a plain environment."""
     pid = init_pid(host)
@@ -250,13 +262,14 @@ def system_state(host: Host) -> str:
 # -- Stopping ---------------------------------------------------------------------------------------------
 
 
-def shut_down(host: Host) -> bool:
-    """Shut a host down in order, its services first; True if it had to be killed."""
-    with suppress(ProcessLookupError):
-        os.kill(nspawn_pid(host), signal.SIGTERM)
+def shut_down(stopping: Sequence[Host]) -> list[Host]:
+    """Shut hosts down in order, their services first; return those that had to be killed."""
+    for pid in filter(None, map(nspawn_pid, stopping)):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
     with suppress(LabError):
-        wait_until(f"{host.name} has stopped", lambda: not alive(host), STOP_LIMIT)
-    return kill(host)
+        wait_until("the hosts have stopped", lambda: not any(map(alive, stopping)), STOP_LIMIT)
+    return [host for host in stopping if kill(host)]
 
 
 def switch_off(host: Host) -> bool:

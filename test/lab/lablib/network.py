@@ -35,6 +35,8 @@ SYSCTLS = {
     "net.ipv6.conf.default.dad_transmits": 0,
 }
 FORWARDING = {"net.ipv4.ip_forward": 1, "net.ipv6.conf.all.forwarding": 1}
+# A client may connect from all addresses of its networks.
+NETWORKS = {"net.ipv6.ip_nonlocal_bind": 1}
 
 
 def namespace_path(node: Node) -> Path:
@@ -56,6 +58,10 @@ def create() -> None:
     for client in CLIENTS:
         batch(SWITCH, [*cable(client), *give(client.name, client.gateways)])
         batch(client, [*link_up(client), *default_routes(client, client.gateways)])
+        for whole in client.networks:
+            batch(SWITCH, [f"route add {whole} via {first(client.addresses, whole.version)}"])
+            batch(client, [f"route add local {whole} dev lo"])
+            set_sysctls(client, NETWORKS)
 
 
 def add_namespace(node: Node) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from ipaddress import IPv4Interface, IPv6Interface, ip_interface
+from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network, ip_interface, ip_network
 from typing import Union
 
 Interface = Union[IPv4Interface, IPv6Interface]
+Network = Union[IPv4Network, IPv6Network]
 
 DOMAIN = "lab.test"
 PREFIX = "mailfw-"
@@ -44,9 +45,13 @@ class Host(Node):
 
 @dataclass(frozen=True)
 class Client(Node):
-    """A plain network namespace behind the router, which has `gateways` on the client's link."""
+    """A plain network namespace behind the router, which has `gateways` on the client's link.
+
+    All addresses of `networks` are the client's own, too.
+    """
 
     gateways: tuple[Interface, ...]
+    networks: tuple[Network, ...] = ()
 
 
 SWITCH = Node("switch", interfaces("192.0.2.1/24", "2001:db8:0:1::1/64"))
@@ -87,6 +92,12 @@ CLIENTS = (
             "2001:db8:0:67::66/64",
         ),
         gateways=interfaces("198.18.0.1/24", "2001:db8:0:66::1/64", "2001:db8:0:67::1/64"),
+    ),
+    Client(
+        "town",
+        interfaces("198.19.0.10/24", "2001:db8:0:4::10/64"),
+        gateways=interfaces("198.19.0.1/24", "2001:db8:0:4::1/64"),
+        networks=(ip_network("198.19.128.0/17"), ip_network("2001:db8:7000::/36")),
     ),
 )
 
