@@ -518,6 +518,20 @@ def test_logins_wait_while_the_agent_restarts(agent: Agent, host: Host, loaded: 
     assert "203.0.113.2 . 587" in trusted(loaded, "ipv4")
 
 
+def test_no_login_is_lost_while_the_agent_stops(agent: Agent, host: Host, loaded: Firewall) -> None:
+    agent.login("203.0.113.1")
+    stopping = host.start(agent.stop)
+    count = 0
+    while not stopping.done():
+        count += 1
+        with agent.connect() as connection:
+            connection.send(f"login\x0010.1.{count >> 8}.{count & 255}\0alice".encode())
+        time.sleep(0.01)
+    agent.start()
+    assert count > 5
+    until(lambda: len(trusted(loaded, "ipv4")) == (1 + count) * len(LOGIN_PORTS), "all of them are trusted")
+
+
 def test_agent_starts_without_rules(loaded: Firewall, host: Host, tmp_path: Path) -> None:
     loaded.unload()
     agent = Agent(host, tmp_path, PILLAR)

@@ -130,7 +130,7 @@ _town = iter([*zip(ip_network("198.19.128.0/17").subnets(4), ip_network("2001:db
 def logins(host: str, then: Sequence[int] = ()) -> Ongoing:
     """Have people log in at a host again and again, over both versions of IP, and connect to some ports after their OK.
 
-    Each login is from another address. See come_and_go in mailclient.py for what it tells in the end.
+    Every few logins are from another address. See come_and_go in mailclient.py for what it tells in the end.
     """
     targets = [[address, str(network)] for address, network in zip(ADDRESSES[host], next(_town))]
     return Ongoing("town", "come_and_go", targets=targets, then=list(then))

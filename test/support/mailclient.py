@@ -33,8 +33,8 @@ STARTTLS = {
 PASSWORD = "secret"
 #: Seconds in which a connection that is held is let in or refused.
 HELD = 10.0
-#: Seconds between two logins at an address in come_and_go.
-PAUSE = 1.0
+#: Seconds between two logins at an address in come_and_go, and how many are from the same source.
+PAUSE, VISITS = 0.7, 3
 
 
 def tls() -> ssl.SSLContext:
@@ -231,8 +231,9 @@ def hold_session(address: str, source: str | None = None) -> bool:
 
 
 def come_and_go(targets: list[list[str]], then: list[int]) -> list[dict[str, Any]]:
-    """Log in over IMAP at each [address, network] again and again, until a line comes on standard input, each time from
-    another address of the network, for IPv6 another /64. Connect to some ports right after each OK.
+    """Log in over IMAP at each [address, network] again and again, until a line comes on standard input.
+
+    A few times from each address of the network, for IPv6 from each /64. Connect to some ports right after each OK.
 
     Say for each login when it began, how long the client waited for its OK, what became of each port, or the error.
     """
@@ -256,8 +257,8 @@ def come_and_go(targets: list[list[str]], then: list[int]) -> list[dict[str, Any
     def resident(address: str, network: str) -> None:
         sources = ip_network(network)
         step = 1 if sources.version == 4 else 1 << 64
-        for number in itertools.count(1):
-            one(address, str(sources.network_address + number * step + 1))
+        for number in itertools.count(VISITS):
+            one(address, str(sources.network_address + number // VISITS * step + 1))
             if leaving.wait(PAUSE):
                 break
 

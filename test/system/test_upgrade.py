@@ -16,6 +16,7 @@ from mailfwlib.elements import trusted_key
 from mailfwlib.settings import resolve
 from support import lab
 from support.lab import elements
+from support.watch import Watch
 
 from .conftest import ENVIRONMENTS, HOSTS
 
@@ -37,6 +38,7 @@ CHANGED = {
     "mailfw library is installed",
     "mailfw agent can be started",
     "mailfw agent is running",
+    "mailfw login hook is there",
     "mailfw login hook is installed",
     "mailfw login hook is run by Dovecot",
     "mailfw login hook is known to Dovecot",
@@ -103,6 +105,7 @@ def is_on(host: str, version: Version) -> None:
 def test_nobody_notices_the_next_version_coming_and_going(protected: None) -> None:
     steps: list[tuple[float, float]] = []
     before, began = lab.on_each(HOSTS, known), time.time()
+    hooks = {host: Watch(host, "/usr/lib/mailfw") for host in HOSTS}
     with contextlib.ExitStack() as stack:
         people = {host: stack.enter_context(lab.logins(host, then=[587])) for host in HOSTS}
         for version, change in ((FOLLOWING, bring_next_version), (CURRENT, take_it_back)):
@@ -121,6 +124,11 @@ def test_nobody_notices_the_next_version_coming_and_going(protected: None) -> No
         for element, left in before[host].items():
             assert left - passed - 3 <= after[host][element] <= left, element
         assert unknown(host, visits[host]) == []
+        # There is no moment in which Dovecot may not run the hook.
+        assert [one for one in hooks[host].seen() if "hook" in one[0]] == [
+            ("login-hook", "moved here"),
+            ("login_hook.py", "moved here"),
+        ] * 2
     everybody = visits["mx1"] + visits["mx2"]
     lab.wait_until(lambda: not any(unknown(host, everybody) for host in HOSTS), "both hosts know all logins")
 
