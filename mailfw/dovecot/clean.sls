@@ -15,6 +15,7 @@ mailfw login hook is not known to Dovecot:
 mailfw login hook is removed:
   file.absent:
     - names:
+      - /usr/lib/mailfw/hook
       - /usr/lib/mailfw/login-hook
       - /usr/lib/mailfw/login_hook.py
     - require:

@@ -8,18 +8,30 @@ include:
   - mailfw.ruleset
   - mailfw.agent
 
-mailfw login hook is installed:
+mailfw login hook is there:
   file.managed:
     - names:
-      - /usr/lib/mailfw/login-hook:
+      - /usr/lib/mailfw/hook/login-hook:
         - source: salt://mailfw/dovecot/files/login-hook.sh
         - mode: "0755"
-      - /usr/lib/mailfw/login_hook.py:
+      - /usr/lib/mailfw/hook/login_hook.py:
         - source: salt://mailfw/dovecot/files/login_hook.py
         - mode: "0644"
     - makedirs: True
     - require:
       - mailfw: mailfw settings are saved
+
+# Salt gives a file its name first and then its mode: whoever logs in just then would be refused by Dovecot.
+mailfw login hook is installed:
+  cmd.run:
+    - name: |
+        for file in login-hook login_hook.py; do
+          cp -p hook/$file hook/$file.new && mv hook/$file.new $file || exit 1
+        done
+    - cwd: /usr/lib/mailfw
+    - unless: cmp -s hook/login-hook login-hook && cmp -s hook/login_hook.py login_hook.py
+    - require:
+      - file: mailfw login hook is there
 
 {%- if reports is false %}
 
@@ -55,7 +67,7 @@ mailfw login hook is run by Dovecot:
         login_user: {{ os.dovecot_login_user }}
         libexec: {{ os.dovecot_libexec }}
     - require:
-      - file: mailfw login hook is installed
+      - cmd: mailfw login hook is installed
       - service: mailfw agent is running
 
 mailfw login hook is known to Dovecot:

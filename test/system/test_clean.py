@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import pytest
@@ -9,12 +10,19 @@ import pytest
 from support import lab
 from support.lab import ADDRESSES, changed
 
-from .conftest import HOSTS
+from .conftest import ENVIRONMENTS, HOSTS
 from .inventory import differences, inventory
 
 
+@pytest.fixture(scope="module", autouse=True)
+def autoban(fleet):
+    for environment in ENVIRONMENTS.values():
+        lab.set_pillar(environment, protection={"type": "autoban"})
+    lab.all_states(HOSTS, "state.apply", "mailfw")
+
+
 @pytest.fixture(autouse=True)
-def installed_again(fleet):
+def installed_again(autoban):
     yield
     lab.all_states(HOSTS, "state.apply", "mailfw")
 
@@ -48,7 +56,12 @@ def what_clean_leaves(before: dict[str, dict[str, str]]) -> str:
 
 def test_clean_leaves_hosts_as_they_were_and_mail_goes_on(fleet):
     lab.on_each(HOSTS, use)
-    assert what_clean_leaves(fleet.before) == ""
+    with contextlib.ExitStack() as stack:
+        people = [stack.enter_context(lab.logins(host)) for host in HOSTS]
+        left = what_clean_leaves(fleet.before)
+        visits = [one for each in people for one in each.end()]
+    assert left == ""
+    assert [one for one in visits if "error" in one] == []
     lab.on_each(HOSTS, use_mail)
     again = lab.all_states(HOSTS, "state.apply", "mailfw.clean")
     assert [changed(results) for results in again.values()] == [[], []]
