@@ -36,6 +36,7 @@ class Journal:
             lines = self._path.read_text(encoding="ascii", errors="replace").splitlines()
         except OSError:
             return {}
+        self._lines = len(lines)
         for line in lines:
             try:
                 address, at = line.split(" ")

@@ -216,18 +216,19 @@ def apply(script: str) -> str:
     """
     new = _known(script)
     with turn():
-        changed = _apply(script, new)
-        _record(script, new)
-    return changed
+        return _apply_and_record(script, new)
 
 
 def reload(directory: Path = RULES) -> str:
     """Make the loaded rules what the files on disk say, as :func:`apply` does; nobody changes the files meanwhile."""
     with turn():
         script = joined(present(directory))
-        new = _known(script)
-        changed = _apply(script, new)
-        _record(script, new)
+        return _apply_and_record(script, _known(script))
+
+
+def _apply_and_record(script: str, new: Objects) -> str:
+    changed = _apply(script, new)
+    _record(script, new)
     return changed
 
 
