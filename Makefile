@@ -14,9 +14,9 @@ demo: packages $(VENV)/done
 	test/lab/lab up
 	$(VENV)/bin/python test/lab/demo.py
 
-# One pytest run at the end, so that its summary counts everything.
+# One pytest run, so that its summary counts everything; most tests wait more than they work, so three run at a time.
 test: lint
-	$(PYTEST)
+	$(PYTEST) --numprocesses 3 --dist loadgroup
 
 lint: $(VENV)/done
 	$(VENV)/bin/ruff check .

@@ -533,8 +533,9 @@ def test_a_bad_line_counts_no_connection_twice(lab: Lab, alice: Client) -> None:
     source = alice.addresses(lab.family)[0]
     alice.run("nft", "-f", "-", input=f"table inet line {{\n{chains}}}\n")
     try:
-        probes = [alice.connecting(143, source, 20.0) for _ in range(50)]
-        assert [probe.result(30) for probe in probes] == ["open"] * 50
+        # TCP repeats a lost SYN after 1, 3, 7, 15 and 31 s.
+        probes = [alice.connecting(143, source, 40.0) for _ in range(50)]
+        assert [probe.result(60) for probe in probes] == ["open"] * 50
     finally:
         alice.run("nft", "delete", "table", "inet", "line")
     assert lab.firewall.counter("counted") == 50
