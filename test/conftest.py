@@ -7,6 +7,7 @@ import pytest
 TOGETHER = {"system": "lab", "integration": "fleet"}
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups then.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         suite = item.path.parent.name
