@@ -8,7 +8,7 @@ export MAILFW_CACHE ?= /var/cache/mailfw
 VENV := $(MAILFW_CACHE)/venv-$(shell sha256sum pyproject.toml | cut -c1-12)
 PYTEST := TMPDIR=/tmp $(VENV)/bin/pytest
 
-.PHONY: demo test lint unit functional integration system bench bench-cost bench-scale packages clean
+.PHONY: demo test lint unit functional integration system bench bench-cost bench-scale docs packages clean
 
 demo: packages $(VENV)/done
 	test/lab/lab up
@@ -40,6 +40,10 @@ bench-cost: $(VENV)/done
 bench-scale: $(VENV)/done
 	test/bench/install-packages
 	$(VENV)/bin/python test/bench/scale.py --picture docs/scale.svg $(BENCH)
+
+# What is made from the code: the pillar reference.
+docs: $(VENV)/done
+	PYTHONPATH=_utils $(VENV)/bin/python docs/reference.py > docs/pillar.md
 
 packages:
 	test/install-packages

@@ -161,24 +161,27 @@ def _changed_services(value: Any) -> dict[str, Any]:
     return changed
 
 
-def _false_or(schema: dict[str, Any], example: str) -> Callable[[Any], Any]:
-    """Return a parser for ``false`` or a mapping with the keys of ``schema``."""
+@dataclass(frozen=True)
+class FalseOr:
+    """A parser for ``false`` or a mapping with the keys of ``schema``."""
 
-    def parse_either(value: Any) -> Any:
+    schema: dict[str, Any]
+    example: str
+
+    def __call__(self, value: Any) -> Any:
+        """Return ``False`` or the parsed mapping. Raises ValueError."""
         if value is False:
             return False
         if not isinstance(value, dict):
-            raise ValueError(f"expected false or a mapping such as {example}")
+            raise ValueError(f"expected false or a mapping such as {self.example}")
         problems: list[tuple[str, Any, str]] = []
-        parsed = _walk(value, schema, "", problems)
+        parsed = _walk(value, self.schema, "", problems)
         if problems:
             raise _NestedError(problems)
         return parsed
 
-    return parse_either
 
-
-_CHANGED_SERVICE = _false_or({"port": Option(_whole(1, 65535), None, "the TCP port of the service")}, "{port: 2587}")
+_CHANGED_SERVICE = FalseOr({"port": Option(_whole(1, 65535), None, "the TCP port of the service")}, "{port: 2587}")
 
 
 def _two_bits(value: Any) -> int:
@@ -211,10 +214,12 @@ _LOGGING = {
 _REPORTS = {"port": Option(_whole(1024, 65535), 4145, "a port of loopback")}
 
 
-_NETWORK_LISTS = {
-    "networks_ipv4": Option(_networks(4), [], "IPv4 networks"),
-    "networks_ipv6": Option(_networks(6), [], "IPv6 networks"),
-}
+def _network_lists(meaning: str) -> dict[str, Option]:
+    return {
+        "networks_ipv4": Option(_networks(4), [], f"IPv4 networks {meaning}"),
+        "networks_ipv6": Option(_networks(6), [], f"IPv6 networks {meaning}"),
+    }
+
 
 #: Every pillar key below ``mailfw``.
 SCHEMA: dict[str, Any] = {
@@ -231,7 +236,7 @@ SCHEMA: dict[str, Any] = {
         "period": Option(parse.duration, "1h", "how long a source above the rate is banned"),
         "ipv6_prefix": Option(_whole(32, 128), 64, "an IPv6 source is a prefix of this length"),
         "networks": Option(
-            _false_or(_NETWORK_COUNTING, "{rate: 100/minute, ipv4_prefix: 24, ipv6_prefix: 48}"),
+            FalseOr(_NETWORK_COUNTING, "{rate: 100/minute, ipv4_prefix: 24, ipv6_prefix: 48}"),
             False,
             "count whole networks as well",
         ),
@@ -240,7 +245,7 @@ SCHEMA: dict[str, Any] = {
         "period": Option(parse.duration, "1d", "how long a login is trusted"),
         "timeout": Option(parse.duration, "5h", "default timeout of the trusted sets"),
         "ipv6_prefix": Option(_whole(32, 128), 64, "a login over IPv6 trusts its prefix of this length"),
-        **_NETWORK_LISTS,
+        **_network_lists("that may always connect"),
         "private": Option(_boolean, False, "true: in private mode a login opens the ports from wherever it comes"),
         "never": Option(
             lambda value: [str(one) for one in _each(parse.network, "addresses or networks")(value)],
@@ -248,15 +253,15 @@ SCHEMA: dict[str, Any] = {
             "addresses that a login must not trust: proxies, webmail",
         ),
     },
-    "exempt": dict(_NETWORK_LISTS),
-    "blocked": dict(_NETWORK_LISTS),
+    "exempt": _network_lists("that are never counted, and for which nothing opens"),
+    "blocked": _network_lists("that are refused on every login port"),
     "reaction": {
         "banned": Option(_choice("drop", "reject"), "drop", "what a banned source gets"),
         "blocked": Option(_choice("drop", "reject"), "drop", "what a blocked source gets"),
         "untrusted": Option(_choice("hold", "reject", "drop"), "hold", "what a source that is not trusted gets"),
     },
-    "reports": Option(_false_or(_REPORTS, "{port: 4145}"), {}, "Dovecot reports logins, Postfix's too, to the agent"),
-    "log": Option(_false_or(_LOGGING, "{rate: 10/minute}"), {}, "log bans and refusals, at a limited rate"),
+    "reports": Option(FalseOr(_REPORTS, "{port: 4145}"), {}, "Dovecot reports logins, Postfix's too, to the agent"),
+    "log": Option(FalseOr(_LOGGING, "{rate: 10/minute}"), {}, "log bans and refusals, at a limited rate"),
     "sizes": {
         "trusted": Option(_whole(1, 2**24), 2_000_000, "elements of the trusted sets: addresses times ports"),
         "banned": Option(_whole(1, 2**24), 65536, "banned sources, for each role and family"),
