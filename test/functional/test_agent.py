@@ -279,6 +279,7 @@ def test_other_users_may_not_report_logins(agent: Agent, loaded: Firewall) -> No
 def test_login_hook_reports_the_login(agent: Agent, loaded: Firewall, host: Host, family: str) -> None:
     drop = ("setpriv", "--reuid", LOGIN_USER, "--regid", "nogroup", "--clear-groups")
     environment = {"IP": ADDRESS[family], "USER": "alice@example.org"}
+    agent.ask("status")  # The hook does not wait for an agent that is starting.
     host.run(*drop, "/usr/bin/python3", "-IS", "/usr/lib/mailfw/login_hook.py", env=environment)
     assert len(trusted(loaded, family)) == len(LOGIN_PORTS)
 
