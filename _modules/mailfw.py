@@ -5,8 +5,12 @@ The verbs work on what is loaded on the host and on the settings that the last `
 (``/etc/mailfw/settings.json``); :py:func:`settings` and :py:func:`render` work on the minion's pillar.
 
 Addresses are IPv4 or IPv6; an IPv4-mapped IPv6 address means the IPv4 address in it. An IPv6 address stands for its
-prefix (``mailfw:trusted:ipv6_prefix``, ``mailfw:autoban:ipv6_prefix``; a /64 by default). Durations are such as
-``1d``, ``5h``, ``90m``, ``1d12h`` or ``3600``.
+prefix (``mailfw:trusted:ipv6_prefix``, ``mailfw:autoban:ipv6_prefix``; a /64 by default). Where a verb takes an
+address, it takes a network of up to 4096 such sources as well, which then stand in the sets one by one; larger ones are
+for the lists of the pillar. Durations are such as ``1d``, ``5h``, ``90m``, ``1d12h`` or ``3600``.
+
+Verbs that change something can be repeated, say what was before, and leave a line in the journal, with the reason and
+who asked for it: ``journalctl -t mailfw``, or ``journalctl MAILFW_ADDRESS=192.0.2.1``.
 """
 
 import glob
@@ -20,10 +24,26 @@ import time
 from pathlib import Path
 
 import salt.utils.files
+import salt.utils.user
 import salt.utils.yaml
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
-from mailfwlib import breakglass, client, elements, files, messages, neighbours, nft, parse, rules, ruleset, sockets
+from mailfwlib import (
+    audit,
+    breakglass,
+    client,
+    elements,
+    files,
+    messages,
+    neighbours,
+    netlink,
+    nft,
+    parse,
+    rules,
+    ruleset,
+    sockets,
+)
+from mailfwlib import explain as explaining
 from mailfwlib import settings as schema
 
 log = logging.getLogger(__name__)
@@ -34,6 +54,8 @@ __func_alias__ = {"apply_": "apply", "open_": "open"}
 SETTINGS = "/etc/mailfw/settings.json"
 TREE = "salt://mailfw"
 SALT_HELPER = "/usr/lib/mailfw/salt_helper.py"
+#: Addresses that the agent is told of at once.
+MOST_TOLD = 1000
 
 
 def __virtual__():
@@ -148,18 +170,18 @@ def _end_blocked(host):
     """End the open sessions of the pillar's blocked networks; the rules would wait for their next packet."""
     for family in schema.FAMILIES:
         for network in host["blocked"][f"networks_{family}"]:
-            _end_sessions(parse.network(network), host)
+            _end_sessions(parse.network(network), schema.login_ports(host), host)
 
 
-def _end_sessions(network, host):
-    """End a blocked network's open sessions on the login ports; return how many there were."""
+def _end_sessions(network, ports, host):
+    """End a network's open sessions on some ports, but for trusted networks'; return how many there were."""
     if not host["enforce"]:
         return 0
     spared = host["trusted"][f"networks_ipv{network.version}"]
     try:
-        return sockets.end(network, schema.login_ports(host), spared)
+        return sockets.end(network, ports, spared)
     except sockets.SocketsError as err:
-        log.warning("mailfw: sessions of %s end with their next packet, not at once: %s", network, err)
+        log.warning("mailfw: sessions of %s are not ended at once: %s", network, err)
         return 0
 
 
@@ -228,6 +250,40 @@ def _address(value):
         raise SaltInvocationError(f"address {value!r}: {err}") from err
 
 
+def _source(value, host):
+    """Return the address or network that is meant, if the sets take it."""
+    try:
+        source = parse.network(value) if "/" in str(value) else parse.address(value)
+        elements.trusted_keys(source, host)
+        elements.source_keys(source, host)
+    except ValueError as err:
+        raise SaltInvocationError(f"address {value!r}: {err}") from err
+    return source
+
+
+def _trusted_text(source, host):
+    return elements.text(elements.trusted_network(source, host))
+
+
+def _source_text(source, host):
+    return elements.text(elements.source_network(source, host))
+
+
+def _who(kwargs):
+    """Return who calls a verb, from what Salt adds to its arguments; there are no others."""
+    unknown = [name for name in kwargs if not name.startswith("__pub_")]
+    if unknown:
+        raise SaltInvocationError(f"{', '.join(unknown)}: there is no such argument")
+    return audit.name(kwargs.get("__pub_user") or salt.utils.user.get_specific_user())
+
+
+def _reason(value):
+    try:
+        return audit.reason(value)
+    except ValueError as err:
+        raise SaltInvocationError(f"reason {value!r:.80}: {err}") from err
+
+
 def _period(value):
     try:
         return parse.duration(value)
@@ -268,26 +324,45 @@ def _run(script):
 
 
 def _elements(name):
+    return _kernel(lambda kernel: list(kernel.elements(name)), name)
+
+
+def _kernel(ask, what):
+    """Return what the kernel answers. It is not asked through nft, which comes to no end beside steady logins."""
     try:
-        return nft.elements(name)
-    except nft.NftError as err:
-        raise CommandExecutionError(str(err)) from err
+        return ask(netlink.Kernel())
+    except OSError as err:
+        raise CommandExecutionError(f"{what}: {err.strerror}; see mailfw.status") from err
 
 
-def _tell_agent(verb, *arguments):
+def _remaining(source, host):
+    return _kernel(lambda kernel: explaining.remaining(source, host, kernel), source)
+
+
+def _texts(found):
+    """Return seconds as durations, by what they are for."""
+    return {what: _text(seconds) for what, seconds in found.items()}
+
+
+def _text(seconds):
+    return "forever" if seconds == float("inf") else parse.duration_text(seconds)
+
+
+def _tell_agent(verb, keys, *arguments):
     """Tell the agent what the kernel has been told already. If it is not there, it reads the sets when it starts."""
     try:
-        client.ask(verb, *arguments)
+        for place in range(0, len(keys), MOST_TOLD):
+            client.ask(verb, ",".join(map(str, keys[place : place + MOST_TOLD])), *arguments)
     except client.AgentError as err:
         log.warning("mailfw: %s", err)
 
 
-def trust(address, period=None, services=None):
+def trust(address, period=None, services=None, reason="", **kwargs):
     """
-    Trust an address on this host, and lift its rate bans. Blocks stay.
+    Trust an address or a network on this host, and lift its rate bans. Blocks stay.
 
     address
-        The address.
+        The address or network.
 
     period
         For how long. Default: ``mailfw:trusted:period``.
@@ -295,32 +370,41 @@ def trust(address, period=None, services=None):
     services
         The services or ports, as a list or with commas between them. Default: every login port of the host.
 
+    reason
+        Why, for the journal and :py:func:`explain`; at most 90 bytes.
+
     CLI Example:
 
     .. code-block:: bash
 
         salt mx1 mailfw.trust 192.0.2.1
-        salt mx1 mailfw.trust 192.0.2.1 period=5h services=submission,submissions
+        salt mx1 mailfw.trust 192.0.2.0/28 period=5h services=submission,submissions reason="ticket 17"
     """
-    host = _host_settings()
-    source, ports = _address(address), _ports(services, host)
+    host, by, why = _host_settings(), _who(kwargs), _reason(reason)
+    source, ports = _source(address, host), _ports(services, host)
     seconds = host["trusted"]["period"] if period is None else _period(period)
-    key = str(elements.trusted_key(source, host))
-    _run(elements.trust(source, dict.fromkeys(ports, seconds), host))
-    _tell_agent("remember", key, ",".join(map(str, ports)), str(time.time() + seconds))
-    log.info("mailfw: trust %s on %s for %s s, by an operator", key, ports, seconds)
-    return {"trusted": key, "ports": ports, "period": parse.duration_text(seconds)}
+    was = {port: left for port, left in _remaining(source, host)["trusted"].items() if port in ports}
+    until = time.time() + seconds
+    _run(elements.trust(source, dict.fromkeys(ports, seconds), host, audit.note(by, why)))
+    _tell_agent("remember", elements.trusted_keys(source, host), ",".join(map(str, ports)), str(until))
+    name = _trusted_text(source, host)
+    audit.record("trust", name, by, ports, until, why)
+    return {"trusted": name, "ports": ports, "period": parse.duration_text(seconds), "was": _texts(was)}
 
 
-def untrust(address, services=None):
+def untrust(address, services=None, reason="", **kwargs):
     """
-    End an address's trust on this host, whether a login earned it or an operator gave it. Trusted networks stay.
+    End the trust of an address or a network on this host, whether a login earned it or an operator gave it, and its
+    open sessions on these services, at once. Trusted networks of the pillar stay.
 
     address
-        The address.
+        The address or network.
 
     services
         The services or ports, as a list or with commas between them. Default: every login port of the host.
+
+    reason
+        Why, for the journal; at most 90 bytes.
 
     CLI Example:
 
@@ -328,22 +412,25 @@ def untrust(address, services=None):
 
         salt mx1 mailfw.untrust 192.0.2.1
     """
-    host = _host_settings()
-    source, ports = _address(address), _ports(services, host)
-    key = str(elements.trusted_key(source, host))
-    had = sorted(set(ports) & set(_trusted(source).get(key, {})))
+    host, by, why = _host_settings(), _who(kwargs), _reason(reason)
+    source, ports = _source(address, host), _ports(services, host)
+    had = sorted(set(ports) & _remaining(source, host)["trusted"].keys())
     _run(elements.untrust(source, ports, host))
-    _tell_agent("forget", key)
-    log.info("mailfw: untrust %s on %s, by an operator", key, had)
-    return {"untrusted": key, "ports": had}
+    _tell_agent("forget", elements.trusted_keys(source, host))
+    ended = _end_sessions(elements.trusted_network(source, host), ports, host)
+    name = _trusted_text(source, host)
+    if had or ended:
+        audit.record("untrust", name, by, had, why=why)
+    return {"untrusted": name, "ports": had, "sessions_ended": ended}
 
 
-def ban(address, role=None, period=None):
+def ban(address, role=None, period=None, reason="", **kwargs):
     """
-    Ban a source from the limited ports of a role, as if it had exceeded the rate. A login or ``unban`` lifts it.
+    Ban a source or a network from the limited ports of a role, as if it had exceeded the rate. A login or ``unban``
+    lifts it. Open sessions go on.
 
     address
-        The address.
+        The address or network.
 
     role
         ``postfix`` or ``dovecot``. Default: both.
@@ -351,31 +438,38 @@ def ban(address, role=None, period=None):
     period
         For how long. Default: ``mailfw:autoban:period``.
 
+    reason
+        Why, for the journal and :py:func:`explain`; at most 90 bytes.
+
     CLI Example:
 
     .. code-block:: bash
 
         salt mx1 mailfw.ban 192.0.2.1
-        salt mx1 mailfw.ban 192.0.2.1 role=dovecot period=90m
+        salt mx1 mailfw.ban 192.0.2.1 role=dovecot period=90m reason="guesses passwords"
     """
-    host = _host_settings()
-    source, roles = _address(address), _roles(role)
+    host, by, why = _host_settings(), _who(kwargs), _reason(reason)
+    source, roles = _source(address, host), _roles(role)
     seconds = host["autoban"]["period"] if period is None else _period(period)
-    key = str(elements.source_key(source, host))
-    _run(elements.ban(source, roles, seconds, host))
-    log.info("mailfw: ban %s from %s for %s s, by an operator", key, ", ".join(roles), seconds)
-    return {"banned": key, "roles": list(roles), "period": parse.duration_text(seconds)}
+    was = {one: left for one, left in _remaining(source, host)["banned"].items() if one in roles}
+    _run(elements.ban(source, roles, seconds, host, audit.note(by, why)))
+    name = _source_text(source, host)
+    audit.record("ban", name, by, roles, time.time() + seconds, why)
+    return {"banned": name, "roles": list(roles), "period": parse.duration_text(seconds), "was": _texts(was)}
 
 
-def unban(address, role=None):
+def unban(address, role=None, reason="", **kwargs):
     """
-    Lift a source's rate bans, and let it start with a full burst again.
+    Lift the rate bans of a source or of each source of a network, and let it start with a full burst again.
 
     address
-        The address.
+        The address or network.
 
     role
         ``postfix`` or ``dovecot``. Default: both.
+
+    reason
+        Why, for the journal; at most 90 bytes.
 
     CLI Example:
 
@@ -383,53 +477,68 @@ def unban(address, role=None):
 
         salt mx1 mailfw.unban 192.0.2.1
     """
-    host = _host_settings()
-    source, roles = _address(address), _roles(role)
-    key = str(elements.source_key(source, host))
-    had = [one for one in roles if key in _banned(one, source)]
-    meters = [
-        name for kind, name in _live() if kind == "set" and name.startswith("rate_") and name.split("_")[1] in roles
-    ]
+    host, by, why = _host_settings(), _who(kwargs), _reason(reason)
+    source, roles = _source(address, host), _roles(role)
+    had = [one for one in roles if one in _remaining(source, host)["banned"]]
+    meters = [name for name in _sets("rate_") if name.split("_")[1] in roles]
     _run(elements.unban(source, roles, host) + elements.refill(source, meters, host))
-    log.info("mailfw: unban %s from %s, by an operator", key, ", ".join(had))
-    return {"unbanned": key, "roles": had}
+    name = _source_text(source, host)
+    if had:
+        audit.record("unban", name, by, had, why=why)
+    return {"unbanned": name, "roles": had}
 
 
-def block(address, period=None):
+def _sets(*beginnings):
+    """Return the loaded sets whose names begin so."""
+    return [name for name in _kernel(lambda kernel: kernel.sets(), "the sets") if name.startswith(beginnings)]
+
+
+def block(address, period=None, reason="", **kwargs):
     """
-    Block a source from every login port of this host, whatever else it is, and end its sessions at once, idle ones
-    too. Only ``unblock`` lifts it; a trusted network of the pillar is never blocked.
+    Block a source or a network from every login port of this host, whatever else it is, and end its sessions at once,
+    idle ones too. Only ``unblock`` lifts it; a trusted network of the pillar is never blocked.
 
     address
-        The address.
+        The address or network.
 
     period
         For how long. Default: until it is unblocked.
+
+    reason
+        Why, for the journal and :py:func:`explain`; at most 90 bytes.
 
     CLI Example:
 
     .. code-block:: bash
 
         salt mx1 mailfw.block 192.0.2.1
-        salt mx1 mailfw.block 192.0.2.1 period=1d
+        salt mx1 mailfw.block 192.0.2.0/24 period=1d reason="ticket 17"
     """
-    host = _host_settings()
-    source = _address(address)
+    host, by, why = _host_settings(), _who(kwargs), _reason(reason)
+    source = _source(address, host)
     seconds = None if period is None else _period(period)
-    key = str(elements.source_key(source, host))
-    _run(elements.block(source, seconds, host))
-    ended = _end_sessions(elements.source_network(source, host), host)
-    lasting = parse.duration_text(seconds) if seconds else "forever"
-    log.info("mailfw: block %s for %s, by an operator; %s sessions ended", key, lasting, ended)
-    return {"blocked": key, "period": lasting, "sessions_ended": ended}
+    was = _remaining(source, host)["blocked"]
+    _run(elements.block(source, seconds, host, audit.note(by, why)))
+    ended = _end_sessions(elements.source_network(source, host), schema.login_ports(host), host)
+    name = _source_text(source, host)
+    audit.record("block", name, by, until=time.time() + seconds if seconds else float("inf"), why=why)
+    return {
+        "blocked": name,
+        "period": parse.duration_text(seconds) if seconds else "forever",
+        "sessions_ended": ended,
+        "was": "" if was is None else _text(was),
+    }
 
 
-def unblock(address):
+def unblock(address, reason="", **kwargs):
     """
-    End a source's block. Blocked networks of the pillar stay.
+    End the block of a source, or of each source of a network. Blocked networks of the pillar stay.
 
     address
-        The address.
+        The address or network.
+
+    reason
+        Why, for the journal; at most 90 bytes.
 
     CLI Example:
 
@@ -437,18 +546,151 @@ def unblock(address):
 
         salt mx1 mailfw.unblock 192.0.2.1
     """
-    host = _host_settings()
-    source = _address(address)
-    key = str(elements.source_key(source, host))
-    had = key in _blocked(source)
+    host, by, why = _host_settings(), _who(kwargs), _reason(reason)
+    source = _source(address, host)
+    had = _remaining(source, host)["blocked"] is not None
     _run(elements.unblock(source, host))
-    log.info("mailfw: unblock %s, by an operator", key)
-    return {"unblocked": key, "was_blocked": had}
+    name = _source_text(source, host)
+    if had:
+        audit.record("unblock", name, by, why=why)
+    return {"unblocked": name, "was_blocked": had}
+
+
+def clear(address, reason="", **kwargs):
+    """
+    Forget what an address or a network has earned and what was made of it: trust, bans, what the meters, hold and
+    observing remember. Blocks stay, which are somebody's decision, and open sessions go on.
+
+    address
+        The address or network.
+
+    reason
+        Why, for the journal; at most 90 bytes.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.clear 192.0.2.1
+    """
+    host, by, why = _host_settings(), _who(kwargs), _reason(reason)
+    source, ports = _source(address, host), schema.login_ports(host)
+    had = _remaining(source, host)
+    _run(
+        elements.untrust(source, ports, host)
+        + elements.unban(source, schema.ROLES, host)
+        + elements.refill(source, _sets("rate_"), host)
+        + elements.forget(source, _sets("waiting_", "observed_"), ports, host)
+    )
+    _tell_agent("forget", elements.trusted_keys(source, host))
+    name = _source_text(source, host)
+    audit.record("clear", name, by, [*had["trusted"], *had["banned"]], why=why)
+    still = "" if had["blocked"] is None else _text(had["blocked"])
+    return {"cleared": name, "trusted": _texts(had["trusted"]), "banned": _texts(had["banned"]), "still_blocked": still}
+
+
+#: What can be flushed: the beginnings of the names of its sets.
+_FLUSHED = {"trusted": "trusted_ipv", "banned": "banned_", "blocked": "blocked_ipv"}
+
+
+def flush(kind, all=False, reason="", **kwargs):
+    """
+    Forget every trusted, banned or blocked source of this host. What pillar gives stays, and open sessions go on.
+
+    kind
+        ``trusted``, ``banned`` or ``blocked``.
+
+    all
+        Must be ``True``, since this is about everybody.
+
+    reason
+        Why, for the journal; at most 90 bytes.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.flush banned all=True
+    """
+    by, why = _who(kwargs), _reason(reason)
+    if kind not in _FLUSHED:
+        raise SaltInvocationError(f"kind {kind!r}: expected one of {', '.join(_FLUSHED)}")
+    found = {name: _elements(name) for name in _sets(_FLUSHED[kind])}
+    count = sum(map(len, found.values()))
+    if all is not True:
+        raise SaltInvocationError(f"all {all!r}: this forgets all {count} elements that are {kind}: expected all=True")
+    _run("".join(f"flush set {nft.TABLE} {name}\n" for name in found))
+    if kind == "trusted":
+        _tell_agent("forget", list({one.value.partition(" ")[0] for listed in found.values() for one in listed}))
+    audit.record("flush", "all", by, [kind], why=why)
+    return {"flushed": kind, "elements": count}
+
+
+def remaining(address):
+    """
+    Return how many seconds an address is still trusted, banned and blocked by elements, or the word ``forever``; of a
+    network, what all of it still is, and 0 where only a part of it is. Called by the states.
+
+    address
+        The address or network.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.remaining 192.0.2.1
+    """
+    host = _host_settings()
+    found = _remaining(_source(address, host), host)
+    found["blocked"] = {} if found["blocked"] is None else {"all": found["blocked"]}
+    return {
+        kind: {what: "forever" if left == float("inf") else int(left) for what, left in lasting.items()}
+        for kind, lasting in found.items()
+    }
+
+
+def explain(address, service=None):
+    """
+    Say how this host treats an address, and why: the walk of the loaded rules, over what the kernel has of it. Takes
+    milliseconds, however much is trusted. Returns
+
+    - ``address``, ``host``, ``mode``
+    - ``verdicts``: service -> ``accepted``, ``limited`` (accepted below the rate) or ``refused``, and why
+    - ``decided_by``: service -> the set, map or chain that decides
+    - ``networks``: the lists of the pillar that it is in
+    - ``trusted``: service -> until when, and by what
+    - ``banned``: role -> until when, and by whom; ``blocked``: the same
+    - ``rate``: role -> how near to the rate it is
+    - ``lately``: service -> when it was held, or would have been refused, the last time
+    - ``advice``: what can be done about it
+
+    address
+        The address.
+
+    service
+        A service or port, or several, as a list or with commas between them. Default: all of them.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.explain 192.0.2.1
+        salt mx1 mailfw.explain 192.0.2.1 submission
+    """
+    host, source = _host_settings(), _address(address)
+    names = {str(one["port"]): one["name"] for one in host["services"]}
+    names.update({name: name for name in names.values()})
+    asked = list(names) if service is None else list(map(str, _list(service)))
+    for name in asked:
+        if name not in names:
+            raise SaltInvocationError(f"service {name!r}: expected one of {', '.join(sorted(set(names.values())))}")
+    wanted = {names[name] for name in asked}
+    return _kernel(lambda kernel: explaining.explain(source, host, kernel, wanted), source)
 
 
 def check(address):
     """
-    Say how this host treats an address: for each of its services whether it is accepted, and why.
+    Say for each of this host's services whether an address is accepted, and why: the short form of :py:func:`explain`.
 
     address
         The address.
@@ -459,21 +701,8 @@ def check(address):
 
         salt mx1 mailfw.check 192.0.2.1
     """
-    host = _host_settings()
-    source = _address(address)
-    trusted = _trusted(source).get(str(elements.trusted_key(source, host)), {})
-    key = str(elements.source_key(source, host))
-    banned = {role: _banned(role, source).get(key) or _network_ban(role, source, host) for role in host["roles"]}
-    blocked = _blocked(source).get(key)
-    decided = {
-        service["name"]: rules.decision(source, service, trusted, banned.get(service["role"]), blocked, host)
-        for service in host["services"]
-    }
-    if is_open := opening():
-        carried_out = dict.fromkeys(decided, f"accepted: {is_open}")
-    else:
-        carried_out = {name: rules.observed(decision, host) for name, decision in decided.items()}
-    return {"address": str(source), "services": carried_out}
+    found = explain(address)
+    return {"address": found["address"], "services": found["verdicts"]}
 
 
 def open_(period, reason="through Salt"):
@@ -626,26 +855,6 @@ def _live():
         return ruleset.live()
     except nft.NftError as err:
         raise CommandExecutionError(str(err)) from err
-
-
-def _trusted(source):
-    return elements.by_address_and_port(_elements(f"trusted_{elements.family(source)}"))
-
-
-def _banned(role, source):
-    return elements.by_address(_elements(f"banned_{role}_{elements.family(source)}"))
-
-
-def _blocked(source):
-    return elements.by_address(_elements(f"blocked_{elements.family(source)}"))
-
-
-def _network_ban(role, source, host):
-    """Return how long the network of an address is banned from a role, or None."""
-    name = f"banned_networks_{role}_{elements.family(source)}"
-    if not host["autoban"]["networks"] or ("set", name) not in _live():
-        return None
-    return elements.by_address(_elements(name)).get(str(elements.network_key(source, host)))
 
 
 def list_trusted():

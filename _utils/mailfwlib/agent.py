@@ -6,16 +6,16 @@ thread of its own.
 
 Requests are packets of fields with NUL between them; replies are ``ok`` or ``error`` and a text:
 
-=================================  ===========  =====================================================
-request                            who may      what it does
-=================================  ===========  =====================================================
-``login`` address user             Dovecot      trusts the address for the period, and announces it
-``receive`` message                root         trusts the addresses that a signed message announces
-``remember`` address ports until   root         never shortens a trust that an operator has given
-``forget`` address                 root         takes an address for one that never logged in
-``again`` since                    root         trusts again who has logged in since then (Unix time)
-``status``                         root         reports as JSON
-=================================  ===========  =====================================================
+==================================  ===========  =====================================================
+request                             who may      what it does
+==================================  ===========  =====================================================
+``login`` address user              Dovecot      trusts the address for the period, and announces it
+``receive`` message                 root         trusts the addresses that a signed message announces
+``remember`` addresses ports until  root         never shortens a trust that an operator has given
+``forget`` addresses                root         takes addresses for ones that never logged in
+``again`` since                     root         trusts again who has logged in since then (Unix time)
+``status``                          root         reports as JSON
+==================================  ===========  =====================================================
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ import time
 from pathlib import Path
 from typing import Any, Callable
 
-from mailfwlib import __version__, client, elements, messages, netlink, nft, parse, ruleset
+from mailfwlib import __version__, audit, client, elements, messages, netlink, nft, parse, ruleset, sockets
 from mailfwlib.announcer import Announcer
+from mailfwlib.bans import Ban, Bans
 from mailfwlib.journal import DIRECTORY, Journal
 from mailfwlib.keeper import Keeper
 from mailfwlib.parse import Address
@@ -91,6 +92,7 @@ class Agent:
         #: Repairs of the rules that the keeper has made: since when elements may be missing, and what was altered.
         self._repairs: queue.SimpleQueue[tuple[float, list[str]]] = queue.SimpleQueue()
         self.keeper = Keeper(lambda since, altered: self._repairs.put((since, altered)))
+        self.bans = Bans(self._banned)
         self._recall()
 
     def _recall(self) -> None:
@@ -99,9 +101,10 @@ class Agent:
         for family in FAMILIES:
             found: dict[str, list[tuple[int, float]]] = {}
             try:
-                for value, _, left in kernel.elements(f"trusted_{family}"):
-                    address, _, port = value.partition(" . ")
-                    found.setdefault(address, []).append((int(port), now + (parse.LONGEST if left is None else left)))
+                for one in kernel.elements(f"trusted_{family}"):
+                    address, _, port = one.value.partition(" . ")
+                    left = parse.LONGEST if one.left is None else one.left
+                    found.setdefault(address, []).append((int(port), now + left))
             except OSError as err:
                 log.warning("trusted_%s cannot be read: %s", family, err)
             for address, ports in found.items():
@@ -139,11 +142,13 @@ class Agent:
         if verb == "receive" and root and len(arguments) == 1:
             return str(self._receive(arguments[0]))
         if verb == "remember" and root and len(arguments) == 3:
-            for port in arguments[1].split(","):
-                self._given[parse.address(arguments[0]), int(port)] = float(arguments[2])
+            for key in map(parse.address, arguments[0].split(",")):
+                for port in arguments[1].split(","):
+                    self._given[key, int(port)] = float(arguments[2])
             return ""
         if verb == "forget" and root and len(arguments) == 1:
-            self._forget(parse.address(arguments[0]))
+            for key in map(parse.address, arguments[0].split(",")):
+                self._forget(key)
             return ""
         if verb == "again" and root and len(arguments) == 1:
             self._trust_again(float(arguments[0]))
@@ -158,7 +163,7 @@ class Agent:
             address = parse.address(address_text)
         except ValueError as err:
             raise RefusedError(f"{address_text!r:.60}: {err}") from err
-        reason = elements.never_trusted(address, self.settings) or _own_address(address)
+        reason = elements.never_trusted(address, self.settings) or sockets.own_address(address)
         ports = [] if reason else self._ports(address)
         if not ports:
             return (
@@ -171,7 +176,24 @@ class Agent:
         self.counts["logins"] += 1
         if until - known >= self.settings["trusted"]["period"] / 10:
             self.announcer.announce(elements.trusted_key(address, self.settings), now)
+            self._record_trust(address, ports, until, "login")
         return f"{address} is trusted"
+
+    def _record_trust(self, address: Address, ports: list[int], until: float, by: str) -> None:
+        """Put a trust that is new, or has lost a tenth of its period, into the journal."""
+        network = elements.trusted_network(address, self.settings)
+        audit.record("trust", elements.text(network), by, ports, until)
+
+    def _banned(self, ban: Ban) -> None:
+        """Put a ban that the rules have made into the journal, and tell of it. Called in another thread."""
+        address, settings = parse.address(ban.address), self.settings
+        network = elements.source_network(address, settings)
+        if ban.of == "network" and settings["autoban"]["networks"]:
+            network = elements.counted_network(address, settings)
+        name = elements.text(network)
+        audit.record("ban", name, "rate", [ban.role], ban.until)
+        found = {"host": settings["host"]["id"], "role": ban.role, "address": name, "until": round(ban.until)}
+        self.announcer.tell("mailfw/ban", found)
 
     def _ports(self, address: Address) -> list[int]:
         """Return the ports that a login opens, and those where it renews what an operator has opened."""
@@ -249,7 +271,8 @@ class Agent:
             self._nft.run(elements.untrust(key, login_ports(self.settings), self.settings))
         for (key, port), until in list(self._given.items()):
             if until > now:
-                self._nft.run(elements.trust(key, {port: max(1, round(until - now))}, self.settings))
+                left = {port: max(1, round(until - now))}
+                self._nft.run(elements.trust(key, left, self.settings, "an operator"))
 
     def _forget(self, key: Address) -> None:
         self._earned.pop(key, None)
@@ -286,7 +309,7 @@ class Agent:
         known = self._earned.get(key, 0.0)
         if until <= max(known + WHOLE_SECONDS, time.time() + 1) or at <= self._ended.get(key, 0.0):
             return False
-        if elements.never_trusted(address, self.settings) or _own_address(address):
+        if elements.never_trusted(address, self.settings) or sockets.own_address(address):
             return False
         ports = self._ports(address)
         if not ports:
@@ -295,6 +318,8 @@ class Agent:
             self._trust(address, ports, until)
         except RefusedError:
             return False
+        if until - known >= self.settings["trusted"]["period"] / 10:
+            self._record_trust(address, ports, until, "fleet")
         return True
 
     def status(self) -> dict[str, Any]:
@@ -329,21 +354,6 @@ def _login_uids(settings: Settings) -> list[int]:
         except KeyError:
             continue
     return uids
-
-
-def _own_address(address: Address) -> str:
-    """Return a reason when an address is this host's own: the kernel reaches only those from themselves.
-
-    Asked of the routing table, without a packet. Binding would lie where ip_nonlocal_bind is set.
-    """
-    kind = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    try:
-        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
-            probe.connect((str(address), 9))
-            own = parse.address(probe.getsockname()[0]) == address
-    except (OSError, ValueError):
-        return ""
-    return "is this host's own" if own else ""
 
 
 class Server:
@@ -467,9 +477,11 @@ def main() -> int:
     signal.signal(signal.SIGINT, stop)
     agent.announcer.start()
     agent.keeper.start()
+    agent.bans.start()
     _notify("READY=1")
     log.info("mailfw-agent %s ready", __version__)
     server.serve(agent.now_and_then)
+    agent.bans.stop()
     agent.keeper.stop()
     agent.announcer.stop()
     return 0

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Union
 
 from mailfwlib import nft, parse
-from mailfwlib.parse import Address
+from mailfwlib.netlink import SetElement
+from mailfwlib.parse import Address, Network
 from mailfwlib.settings import ROLES, Settings
 
+#: What trust, bans and blocks are for: an address, which stands for its prefix over IPv6, or a network.
+Source = Union[Address, Network]
 
-def family(address: Address) -> str:
+#: Sources of a network that the sets take one by one: a look-up of networks would cost each packet of everybody.
+MOST_SOURCES = 4096
+
+
+def family(address: Source) -> str:
     """Return the family as set names have it: ``ipv4`` or ``ipv6``."""
     return f"ipv{address.version}"
 
@@ -37,16 +44,56 @@ def source_key(address: Address, settings: Settings) -> Address:
     return prefix_base(address, settings["autoban"]["ipv6_prefix"])
 
 
-def source_network(address: Address, settings: Settings) -> parse.Network:
-    """Return all that is counted, banned and blocked together with an address: its prefix over IPv6."""
-    prefix = settings["autoban"]["ipv6_prefix"] if address.version == 6 else 32
-    return ipaddress.ip_network((source_key(address, settings), prefix))
+def trusted_keys(source: Source, settings: Settings) -> list[Address]:
+    """Return the addresses under which a source is trusted. Raises ValueError when they are too many."""
+    return _bases(source, settings["trusted"]["ipv6_prefix"])
 
 
-def network_key(address: Address, settings: Settings) -> Address:
-    """Return the address under which the network of ``address`` is counted and banned (``autoban.networks``)."""
+def source_keys(source: Source, settings: Settings) -> list[Address]:
+    """Return the addresses under which a source is counted, banned and blocked. Raises ValueError for too many."""
+    return _bases(source, settings["autoban"]["ipv6_prefix"])
+
+
+def _bases(source: Source, ipv6_prefix: int) -> list[Address]:
+    if isinstance(source, (ipaddress.IPv4Address, ipaddress.IPv6Address)):
+        return [prefix_base(source, ipv6_prefix)]
+    prefix = 32 if source.version == 4 else ipv6_prefix
+    if source.prefixlen >= prefix:
+        return [prefix_base(source.network_address, ipv6_prefix)]
+    count = 2 ** (prefix - source.prefixlen)
+    if count > MOST_SOURCES:
+        raise ValueError(
+            f"has {count} sources, more than the {MOST_SOURCES} that can be given by a verb: "
+            f"expected a smaller network, or a line in the pillar's networks_{family(source)}"
+        )
+    return [one.network_address for one in source.subnets(new_prefix=prefix)]
+
+
+def source_network(source: Source, settings: Settings) -> Network:
+    """Return all that is counted, banned and blocked together with a source: an address's prefix over IPv6."""
+    return _whole(source, settings["autoban"]["ipv6_prefix"])
+
+
+def trusted_network(source: Source, settings: Settings) -> Network:
+    """Return all that trusting a source trusts: an address's prefix over IPv6."""
+    return _whole(source, settings["trusted"]["ipv6_prefix"])
+
+
+def _whole(source: Source, ipv6_prefix: int) -> Network:
+    prefix = 32 if source.version == 4 else ipv6_prefix
+    given = ipaddress.ip_network(source)
+    return given if given.prefixlen <= prefix else given.supernet(new_prefix=prefix)
+
+
+def text(network: Network) -> str:
+    """Return a network as people write it: one address without its prefix length."""
+    return str(network.network_address if network.num_addresses == 1 else network)
+
+
+def counted_network(address: Address, settings: Settings) -> Network:
+    """Return the network with which ``address`` is counted and banned (``autoban.networks``)."""
     prefix = settings["autoban"]["networks"][f"{family(address)}_prefix"]
-    return ipaddress.ip_network((address, prefix), strict=False).network_address
+    return ipaddress.ip_network((address, prefix), strict=False)
 
 
 def in_networks(address: Address, networks: Iterable[str]) -> bool:
@@ -62,16 +109,10 @@ def never_trusted(address: Address, settings: Settings) -> str:
     for kind in ("loopback", "link_local", "multicast", "unspecified"):
         if getattr(address, f"is_{kind}"):
             return f"is {kind.replace('_', '-')}"
-    would_be = _trusted_network(address, settings)
+    would_be: Any = trusted_network(address, settings)
     if any(would_be.overlaps(other) for other in _networks(settings["trusted"]["never"], address.version)):
         return "is in mailfw:trusted:never"
     return ""
-
-
-def _trusted_network(address: Address, settings: Settings) -> parse.Network:
-    """Return all that trusting an address trusts: its prefix over IPv6."""
-    prefix = settings["trusted"]["ipv6_prefix"] if address.version == 6 else 32
-    return ipaddress.ip_network((trusted_key(address, settings), prefix))
 
 
 def _networks(texts: Iterable[str], version: int) -> Iterator[Any]:
@@ -85,7 +126,7 @@ def ports_for_login(address: Address, settings: Settings) -> list[int]:
     A service in private mode is opened only for what pillar's trusted networks admit already, with its whole prefix,
     unless ``mailfw:trusted:private`` says otherwise.
     """
-    would_be: Any = _trusted_network(address, settings)
+    would_be: Any = trusted_network(address, settings)
     networks = _networks(settings["trusted"][f"networks_{family(address)}"], address.version)
     admitted = any(would_be.subnet_of(network) for network in networks)
     return [
@@ -95,79 +136,94 @@ def ports_for_login(address: Address, settings: Settings) -> list[int]:
     ]
 
 
-def _refresh(name: str, timeouts: dict[str, int | None]) -> str:
-    """Return the script that gives elements a new timeout; None stands for the set's default."""
+def _refresh(name: str, timeouts: dict[str, int | None], note: str = "") -> str:
+    """Return the script that gives elements a new timeout and comment; None stands for the set's default."""
     if not timeouts:
         return ""
+    comment = f' comment "{note}"' if note else ""
     plain = ", ".join(timeouts)
-    timed = ", ".join(value + (f" timeout {timeout}s" if timeout else "") for value, timeout in timeouts.items())
+    timed = ", ".join(
+        value + (f" timeout {timeout}s" if timeout else "") + comment for value, timeout in timeouts.items()
+    )
     where = f"element {nft.TABLE} {name}"
     return f"add {where} {{ {timed} }}\ndelete {where} {{ {plain} }}\nadd {where} {{ {timed} }}\n"
 
 
-def _remove(name: str, values: list[str]) -> str:
+def _remove(name: str, values: Iterable[Any]) -> str:
     """Deleting what is not there fails; adding it first makes that a success without a change."""
-    if not values:
+    plain = ", ".join(map(str, values))
+    if not plain:
         return ""
-    plain = ", ".join(values)
     return f"add element {nft.TABLE} {name} {{ {plain} }}\ndelete element {nft.TABLE} {name} {{ {plain} }}\n"
 
 
-def trust(address: Address, seconds: dict[int, int], settings: Settings) -> str:
-    """Return the script that trusts an address on some ports, port -> seconds, and lifts its rate bans."""
-    key = trusted_key(address, settings)
-    timeouts: dict[str, int | None] = {f"{key} . {port}": left for port, left in seconds.items()}
-    return _refresh(f"trusted_{family(address)}", timeouts) + unban(address, ROLES, settings)
+def trust(source: Source, seconds: dict[int, int], settings: Settings, note: str = "") -> str:
+    """Return the script that trusts a source on some ports, port -> seconds, and lifts its rate bans.
+
+    ``note``: who does so and why, unless it is a login.
+    """
+    timeouts: dict[str, int | None] = {
+        f"{key} . {port}": left for key in trusted_keys(source, settings) for port, left in seconds.items()
+    }
+    return _refresh(f"trusted_{family(source)}", timeouts, note) + unban(source, ROLES, settings)
 
 
-def untrust(address: Address, ports: list[int], settings: Settings) -> str:
-    """Return the script that ends an address's trust on some ports."""
-    key = trusted_key(address, settings)
-    return _remove(f"trusted_{family(address)}", [f"{key} . {port}" for port in ports])
+def untrust(source: Source, ports: list[int], settings: Settings) -> str:
+    """Return the script that ends a source's trust on some ports."""
+    keys = trusted_keys(source, settings)
+    return _remove(f"trusted_{family(source)}", [f"{key} . {port}" for key in keys for port in ports])
 
 
-def ban(address: Address, roles: Iterable[str], seconds: int | None, settings: Settings) -> str:
+def ban(source: Source, roles: Iterable[str], seconds: int | None, settings: Settings, note: str = "") -> str:
     """Return the script that bans a source from the ports of some roles, by default for the sets' own period."""
-    key = str(source_key(address, settings))
-    return "".join(_refresh(f"banned_{role}_{family(address)}", {key: seconds}) for role in roles)
+    timeouts: dict[str, int | None] = dict.fromkeys(map(str, source_keys(source, settings)), seconds)
+    return "".join(_refresh(f"banned_{role}_{family(source)}", timeouts, note) for role in roles)
 
 
-def unban(address: Address, roles: Iterable[str], settings: Settings) -> str:
+def unban(source: Source, roles: Iterable[str], settings: Settings) -> str:
     """Return the script that lifts a source's rate bans."""
-    key = str(source_key(address, settings))
-    return "".join(_remove(f"banned_{role}_{family(address)}", [key]) for role in roles)
+    keys = source_keys(source, settings)
+    return "".join(_remove(f"banned_{role}_{family(source)}", keys) for role in roles)
 
 
-def refill(address: Address, meters: Iterable[str], settings: Settings) -> str:
+def refill(source: Source, meters: Iterable[str], settings: Settings) -> str:
     """Return the script that empties what some meters remember of a source."""
-    key = str(source_key(address, settings))
-    return "".join(_remove(name, [key]) for name in meters if name.endswith(family(address)))
+    keys = source_keys(source, settings)
+    return "".join(_remove(name, keys) for name in meters if name.endswith(family(source)))
 
 
-def block(address: Address, seconds: int | None, settings: Settings) -> str:
+def block(source: Source, seconds: int | None, settings: Settings, note: str = "") -> str:
     """Return the script that blocks a source from every login port, for a period or until it is unblocked."""
-    return _refresh(f"blocked_{family(address)}", {str(source_key(address, settings)): seconds})
+    timeouts: dict[str, int | None] = dict.fromkeys(map(str, source_keys(source, settings)), seconds)
+    return _refresh(f"blocked_{family(source)}", timeouts, note)
 
 
-def unblock(address: Address, settings: Settings) -> str:
+def unblock(source: Source, settings: Settings) -> str:
     """Return the script that ends a source's block."""
-    return _remove(f"blocked_{family(address)}", [str(source_key(address, settings))])
+    return _remove(f"blocked_{family(source)}", source_keys(source, settings))
 
 
-def left(element: dict[str, Any]) -> str:
+def forget(source: Source, sets: Iterable[str], ports: list[int], settings: Settings) -> str:
+    """Return the script that removes a source, on some ports, from some sets of sources and ports."""
+    keys = source_keys(source, settings)
+    values = [f"{key} . {port}" for key in keys for port in ports]
+    return "".join(_remove(name, values) for name in sets if name.endswith(family(source)))
+
+
+def left(element: SetElement) -> str:
     """Return how long an element still lives, such as ``23h32m47s``, or ``forever``."""
-    return parse.duration_text(element["expires"]) if "expires" in element else "forever"
+    return "forever" if element.left is None else parse.duration_text(element.left)
 
 
-def by_address(listed: list[dict[str, Any]]) -> dict[str, str]:
+def by_address(listed: Iterable[SetElement]) -> dict[str, str]:
     """Return the elements of a set of addresses: address -> how long it still lives."""
-    return {str(element["val"]): left(element) for element in listed}
+    return {one.value: left(one) for one in listed}
 
 
-def by_address_and_port(listed: list[dict[str, Any]]) -> dict[str, dict[int, str]]:
+def by_address_and_port(listed: Iterable[SetElement]) -> dict[str, dict[int, str]]:
     """Return the elements of a set of addresses and ports: address -> port -> how long it still lives."""
     found: dict[str, dict[int, str]] = {}
-    for element in listed:
-        address, port = element["val"]["concat"]
-        found.setdefault(address, {})[port] = left(element)
+    for one in listed:
+        address, _, port = one.value.partition(" . ")
+        found.setdefault(address, {})[int(port)] = left(one)
     return {address: dict(sorted(ports.items())) for address, ports in found.items()}

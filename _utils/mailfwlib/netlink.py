@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Optional
 
 from mailfwlib import nft
+from mailfwlib.parse import Address
 
 # <linux/netlink.h>, <linux/netfilter/nfnetlink.h>, <linux/netfilter/nf_tables.h>
 _NETLINK_NETFILTER, _SUBSYSTEM, _INET = 12, 10 << 8, 1
@@ -25,10 +26,15 @@ _GET_TABLE, _GET_CHAIN, _GET_RULE, _GET_SET, _GET_ELEMENTS, _GET_OBJECT, _GET_GE
 #: Where each kind of object keeps the name of its table and its handle: NFTA_CHAIN_TABLE, NFTA_CHAIN_HANDLE and so on.
 _KINDS = {_GET_CHAIN: (1, 2), _GET_RULE: (1, 3), _GET_SET: (1, 16), _GET_OBJECT: (1, 6)}
 _TABLE_NAME, _TABLE_HANDLE = 1, 4
-_SET_TABLE, _SET_NAME = 1, 2
-_ELEMENTS_TABLE, _ELEMENTS_SET, _ELEMENTS_LIST = 1, 2, 3
-_ELEMENT_KEY, _ELEMENT_TIMEOUT, _ELEMENT_EXPIRATION, _DATA_VALUE = 1, 4, 5, 1
+_SET_TABLE, _SET_NAME, _SET_TIMEOUT = 1, 2, 11
+_ELEMENTS_TABLE, _ELEMENTS_SET, _ELEMENTS_LIST, _LIST_MEMBER = 1, 2, 3, 1
+_ELEMENT_KEY, _ELEMENT_DATA, _ELEMENT_TIMEOUT, _ELEMENT_EXPIRATION, _ELEMENT_USERDATA = 1, 2, 4, 5, 6
+_DATA_VALUE, _DATA_VERDICT, _VERDICT_CHAIN = 1, 2, 2
+_OBJECT_TABLE, _OBJECT_NAME, _OBJECT_TYPE, _OBJECT_DATA = 1, 2, 3, 4
+_COUNTER, _COUNTER_PACKETS = 1, 2
 _GENERATION_ID = 1
+#: The kind of attribute that has others in it, and what nft(8) keeps an element's comment under (libnftnl, udata.h).
+_NESTED, _COMMENT = 0x8000, 0
 
 _NAME = nft.TABLE.split()[1].encode() + b"\0"
 
@@ -36,11 +42,15 @@ Attributes = dict[int, bytes]
 
 
 class SetElement(NamedTuple):
-    """An element: its value as nft writes it; its own timeout, and what is left of it, in seconds, None without one."""
+    """An element: its value as nft writes it; its own timeout, and what is left of it, in seconds, None without one.
+
+    ``note``: its comment. Only operators' elements have one.
+    """
 
     value: str
     timeout: Optional[float]
     left: Optional[float]
+    note: str = ""
 
 
 class Kernel:
@@ -78,7 +88,7 @@ class Kernel:
     def sets(self) -> list[str]:
         """Return the names of the table's sets and maps; none when there is no table."""
         found = (one for one in self._ask(_GET_SET) if one.get(_SET_TABLE) == _NAME)
-        return [one[_SET_NAME].rstrip(b"\0").decode() for one in found]
+        return [_text(one[_SET_NAME]) for one in found]
 
     def elements(self, name: str) -> Iterator[SetElement]:
         """Yield the elements of a set of addresses, or of addresses and ports.
@@ -88,15 +98,53 @@ class Kernel:
         for listed in self._elements(name):
             for data in _each(listed):
                 element = _attributes(data)
-                value = _attributes(element[_ELEMENT_KEY])[_DATA_VALUE]
-                yield SetElement(
-                    _value(value), _seconds(element.get(_ELEMENT_TIMEOUT)), _seconds(element.get(_ELEMENT_EXPIRATION))
-                )
+                yield _element(_value(_attributes(element[_ELEMENT_KEY])[_DATA_VALUE]), element)
 
     def _elements(self, name: str) -> Iterator[bytes]:
-        attributes = _attribute(_ELEMENTS_TABLE, _NAME) + _attribute(_ELEMENTS_SET, name.encode() + b"\0")
-        for found in self._ask(_GET_ELEMENTS, attributes=attributes):
+        for found in self._ask(_GET_ELEMENTS, attributes=_named(name)):
             yield found.get(_ELEMENTS_LIST, b"")
+
+    def element(self, name: str, key: bytes) -> Optional[SetElement]:
+        """Return a set's element of a key (see :func:`key`), None when there is none or no such set.
+
+        Of a set of networks: the one that the key's address is in. Takes the same time however many elements there are.
+        """
+        found = self._element(name, key)
+        return None if found is None else _element("", found)
+
+    def chain(self, name: str, port: int) -> str:
+        """Return the chain that a verdict map has for a port; empty when there is none or no such map."""
+        data = _attributes((self._element(name, struct.pack("!H", port)) or {}).get(_ELEMENT_DATA, b""))
+        return _text(_attributes(data.get(_DATA_VERDICT, b"")).get(_VERDICT_CHAIN, b""))
+
+    def _element(self, name: str, key: bytes) -> Optional[Attributes]:
+        element = _attribute(_NESTED | _ELEMENT_KEY, _attribute(_DATA_VALUE, key))
+        listed = _attribute(_NESTED | _ELEMENTS_LIST, _attribute(_NESTED | _LIST_MEMBER, element))
+        found = self._get(_GET_ELEMENTS, _named(name) + listed)
+        return found and next(map(_attributes, _each(found.get(_ELEMENTS_LIST, b""))), None)
+
+    def has(self, name: str) -> bool:
+        """Return whether there is such a set."""
+        return self._get(_GET_SET, _named(name)) is not None
+
+    def timeout(self, name: str) -> Optional[float]:
+        """Return the timeout in seconds of a set's elements that have none of their own, None when there is none."""
+        return _seconds((self._get(_GET_SET, _named(name)) or {}).get(_SET_TIMEOUT))
+
+    def counter(self, name: str) -> Optional[int]:
+        """Return the packets that a named counter has counted, None when there is no such counter."""
+        wanted = _attribute(_OBJECT_TABLE, _NAME) + _attribute(_OBJECT_NAME, name.encode() + b"\0")
+        found = self._get(_GET_OBJECT, wanted + _attribute(_OBJECT_TYPE, struct.pack("!I", _COUNTER)))
+        if found is None:
+            return None
+        return int.from_bytes(_attributes(found[_OBJECT_DATA])[_COUNTER_PACKETS], "big")
+
+    def _get(self, kind: int, attributes: bytes) -> Optional[Attributes]:
+        """Return the one object that is asked for, None when there is none."""
+        try:
+            return next(self._ask(kind, _REQUEST, attributes=attributes), None)
+        except FileNotFoundError:
+            return None
 
     def _ask(
         self, kind: int, flags: int = _REQUEST | _DUMP, family: int = _INET, attributes: bytes = b""
@@ -118,6 +166,36 @@ class Kernel:
                 place += (length + 3) & ~3
             if not flags & _DUMP:
                 return
+
+
+def key(address: Address, port: Optional[int] = None) -> bytes:
+    """Return the key of an address, or of an address and a port, in a set."""
+    return address.packed + (b"" if port is None else struct.pack("!HH", port, 0))
+
+
+def _named(name: str) -> bytes:
+    """Return what names a set of the table: the same in requests for sets and for elements."""
+    return _attribute(_ELEMENTS_TABLE, _NAME) + _attribute(_ELEMENTS_SET, name.encode() + b"\0")
+
+
+def _element(value: str, element: Attributes) -> SetElement:
+    timeout, left = _seconds(element.get(_ELEMENT_TIMEOUT)), _seconds(element.get(_ELEMENT_EXPIRATION))
+    return SetElement(value, timeout, left, _comment(element.get(_ELEMENT_USERDATA, b"")))
+
+
+def _comment(data: bytes) -> str:
+    """Return the comment among an element's user data: kind, length and value of each, a byte for the first two."""
+    place = 0
+    while place + 2 <= len(data):
+        kind, length = data[place], data[place + 1]
+        if kind == _COMMENT:
+            return _text(data[place + 2 : place + 2 + length])
+        place += 2 + length
+    return ""
+
+
+def _text(data: bytes) -> str:
+    return data.rstrip(b"\0").decode("utf-8", "replace")
 
 
 def _attribute(kind: int, value: bytes) -> bytes:

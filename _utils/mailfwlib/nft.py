@@ -11,7 +11,7 @@ import json
 import os
 import re
 import subprocess
-from typing import IO, Any
+from typing import IO
 
 TABLE = "inet mailfw"
 
@@ -47,16 +47,6 @@ def run(script: str) -> None:
     command("-f", "-", script=script)
 
 
-def elements(name: str) -> list[dict[str, Any]]:
-    """Return the elements of a set: ``val`` and, where they have them, ``timeout`` and ``expires`` in seconds.
-
-    Lists the whole set: for operators and timers, never for the login path. Raises NftError.
-    """
-    listing = json.loads(command("-j", "list", "set", *TABLE.split(), name))
-    found = next(entry["set"] for entry in listing["nftables"] if "set" in entry)
-    return [entry["elem"] if _is_timed(entry) else {"val": entry} for entry in found.get("elem", [])]
-
-
 def table() -> str:
     """Return the loaded table as nft lists it, without elements; empty when there is none. Raises NftError.
 
@@ -67,22 +57,12 @@ def table() -> str:
     return found[0] if found else ""
 
 
-def element_text(element: dict[str, Any]) -> str:
-    """Return the value of an element as nft writes it, such as ``192.0.2.1 . 587``."""
-    value = element["val"]
-    return " . ".join(map(str, value["concat"])) if isinstance(value, dict) else str(value)
-
-
 def counters() -> dict[str, int]:
     """Return the packets that each named counter has counted. Raises NftError."""
     listing = json.loads(command("-j", "-t", "list", "ruleset", TABLE.split()[0]))
     found = (entry["counter"] for entry in listing["nftables"] if "counter" in entry)
     name = TABLE.split()[1]
     return {counter["name"]: counter["packets"] for counter in found if counter["table"] == name}
-
-
-def _is_timed(entry: Any) -> bool:
-    return isinstance(entry, dict) and "elem" in entry
 
 
 def _run(command_line: list[str], script: str | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from mailfwlib import elements, parse
+from mailfwlib import parse
 from mailfwlib.settings import FAMILIES, ROLES, Settings
 
 
@@ -124,41 +124,3 @@ def access(role: str, mode: str) -> str:
         return "open"
     limited = mode == "autoban" or (mode == "protected" and role == "dovecot")
     return "limited" if limited else "trusted only"
-
-
-def decision(
-    address: parse.Address,
-    service: dict[str, Any],
-    trusted: dict[int, str],
-    banned: str | None,
-    blocked: str | None,
-    settings: Settings,
-) -> str:
-    """Return what the rules do with a new connection of an address to a service, and why: the order of ``guarded``.
-
-    ``trusted``: port -> time left of the address's trust; ``banned``, ``blocked``: time left, None when it is not.
-    """
-    networks = f"networks_ipv{address.version}"
-    kind = access(service["role"], service["mode"])
-    if not service["login"]:
-        return "accepted: mail between servers is always open"
-    if elements.in_networks(address, settings["trusted"][networks]):
-        return f"accepted: in mailfw:trusted:{networks}"
-    if elements.in_networks(address, settings["blocked"][networks]):
-        return f"refused: in mailfw:blocked:{networks}"
-    if blocked:
-        return f"refused: blocked by an operator, for {blocked}"
-    if service["port"] in trusted:
-        return f"accepted: trusted for {trusted[service['port']]}"
-    if kind == "limited" and banned:
-        return f"refused: banned for {banned}; a login on another service or 'unban' lifts it"
-    if kind == "trusted only":
-        return f"refused: not trusted, and the mode is {service['mode']}"
-    return f"accepted: {kind}, the mode is {service['mode']}"
-
-
-def observed(decided: str, settings: Settings) -> str:
-    """Return a decision as it is carried out: with ``enforce: false`` nobody is refused."""
-    if settings["enforce"] or not decided.startswith("refused"):
-        return decided
-    return f"accepted: mailfw:enforce is false; it would be {decided}"

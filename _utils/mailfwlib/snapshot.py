@@ -1,8 +1,8 @@
 """Snapshots: who is trusted, banned and blocked, on disk, so that nothing is lost when the table is.
 
 A snapshot is text, a line for each element: its set, its value, its timeout and the Unix time at which it ends, so
-that time goes on while the host is down. The last line has the number of lines and their checksum: a snapshot is
-believed as a whole, or not at all.
+that time goes on while the host is down; and its comment, percent-encoded, if it has one. The last line has the
+number of lines and their checksum: a snapshot is believed as a whole, or not at all.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, Optional
+from urllib.parse import quote, unquote
 
-from mailfwlib import files, netlink, nft
+from mailfwlib import audit, files, netlink, nft
 
 PATH = Path("/var/lib/mailfw/snapshot")
 FIRST_LINE = "mailfw snapshot 1"
 
 #: The sets whose elements are worth keeping.
 KEPT = re.compile(r"(trusted|blocked|banned_[a-z]+|banned_networks_[a-z]+)_ipv[46]")
-_LINE = re.compile(rf"({KEPT.pattern}) ([0-9a-f.:]+(?: \. \d+)?) (\d+|-) (\d+|-)")
+_LINE = re.compile(rf"({KEPT.pattern}) ([0-9a-f.:]+(?: \. \d+)?) (\d+|-) (\d+|-)(?: (\S+))?")
 #: Deadlines are whole seconds, read at different moments: two that differ by no more are the same.
 _ROUNDING = 2
 
@@ -31,11 +32,12 @@ class SnapshotError(ValueError):
 
 
 class Element(NamedTuple):
-    """An element of a set: its value as nft writes it, its own timeout in seconds, and when it ends, in Unix time."""
+    """An element: its value as nft writes it, its own timeout in seconds, when it ends in Unix time, its comment."""
 
     value: str
     timeout: Optional[int]
     ends: Optional[int]
+    note: str = ""
 
 
 #: Set -> its elements.
@@ -80,16 +82,23 @@ def _listed(kernel: netlink.Kernel) -> Attempt:
 
 def _element(listed: netlink.SetElement, now: float) -> Element:
     timeout = None if listed.timeout is None else max(1, round(listed.timeout))
-    return Element(listed.value, timeout, None if listed.left is None else round(now + listed.left))
+    ends = None if listed.left is None else round(now + listed.left)
+    # Somebody may have written a comment of which a snapshot would not be believed.
+    return Element(listed.value, timeout, ends, listed.note if audit.is_note(listed.note) else "")
 
 
 def text(elements: Elements) -> str:
     """Return a snapshot of some elements."""
     lines = [FIRST_LINE]
     for name, listed in sorted(elements.items()):
-        lines += [f"{name} {one.value} {_field(one.timeout)} {_field(one.ends)}" for one in listed]
+        lines += [f"{name} {_line(one)}" for one in listed]
     body = "\n".join(lines) + "\n"
     return f"{body}{len(lines)} {hashlib.sha256(body.encode()).hexdigest()}\n"
+
+
+def _line(one: Element) -> str:
+    line = f"{one.value} {_field(one.timeout)} {_field(one.ends)}"
+    return f"{line} {quote(one.note, safe='')}" if one.note else line
 
 
 def _field(number: int | None) -> str:
@@ -109,8 +118,10 @@ def parse(snapshot: str) -> Elements:
         match = _LINE.fullmatch(line)
         if not match:
             raise SnapshotError(f"a line is not an element: {line!r:.80}")
-        name, value, timeout, ends = match[1], match[3], match[4], match[5]
-        found.setdefault(name, []).append(Element(value, _number(timeout), _number(ends)))
+        name, value, timeout, ends, note = match[1], match[3], match[4], match[5], unquote(match[6] or "")
+        if not audit.is_note(note):
+            raise SnapshotError(f"a comment is none: {note!r:.80}")
+        found.setdefault(name, []).append(Element(value, _number(timeout), _number(ends), note))
     return found
 
 
@@ -126,9 +137,9 @@ def same(one: Elements, other: Elements) -> bool:
     )
 
 
-def _flat(elements: Elements) -> dict[tuple[str, str], float]:
+def _flat(elements: Elements) -> dict[tuple[str, str, str], float]:
     return {
-        (name, one.value): float("inf") if one.ends is None else one.ends
+        (name, one.value, one.note): float("inf") if one.ends is None else one.ends
         for name, listed in elements.items()
         for one in listed
     }
@@ -196,13 +207,15 @@ def script(elements: Elements, timeouts: dict[str, Optional[int]], now: float) -
 
 def _timed(elements: Iterable[Element], default: int | None, now: float) -> Iterable[str]:
     for one in elements:
-        if one.ends is None:
-            yield one.value
-            continue
-        left = max(1, round(one.ends - now))
-        if one.timeout is not None:
-            yield f"{one.value} timeout {one.timeout}s expires {min(left, one.timeout)}s"
-        elif default is not None:
-            yield f"{one.value} timeout {default}s expires {min(left, default)}s"
-        else:
-            yield f"{one.value} timeout {left}s"
+        yield one.value + _lifetime(one, default, now) + (f' comment "{one.note}"' if one.note else "")
+
+
+def _lifetime(one: Element, default: int | None, now: float) -> str:
+    if one.ends is None:
+        return ""
+    left = max(1, round(one.ends - now))
+    if one.timeout is not None:
+        return f" timeout {one.timeout}s expires {min(left, one.timeout)}s"
+    if default is not None:
+        return f" timeout {default}s expires {min(left, default)}s"
+    return f" timeout {left}s"

@@ -1,7 +1,8 @@
-"""The TCP connections that the host's own services have open, through ``ss`` of iproute2."""
+"""The TCP connections that the host's own services have open, through ``ss`` of iproute2; and its own addresses."""
 
 from __future__ import annotations
 
+import socket
 import subprocess
 from collections.abc import Iterable
 
@@ -56,6 +57,21 @@ def end(network: Network, ports: Iterable[int], spared: Iterable[str] = ()) -> i
             "-HtnK", "state", "connected", "exclude", "time-wait", "dst", str(network), *others, "and", *_to(ports)
         ).splitlines()
     )
+
+
+def own_address(address: Address) -> str:
+    """Return a reason when an address is this host's own: the kernel reaches only those from themselves.
+
+    Asked of the routing table, without a packet. Binding would lie where ip_nonlocal_bind is set.
+    """
+    kind = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    try:
+        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+            probe.connect((str(address), 9))
+            own = parse.address(probe.getsockname()[0]) == address
+    except (OSError, ValueError):
+        return ""
+    return "is this host's own" if own else ""
 
 
 def _to(ports: Iterable[int]) -> list[str]:

@@ -21,7 +21,7 @@ import pytest
 
 from mailfwlib import netlink, nft, ruleset, settings, snapshot
 from support.agent import Agent
-from support.firewall import Firewall, rule_files
+from support.firewall import Firewall, element_text, rule_files
 from support.net import LIMIT, Host, until
 from support.steps import Step, Steps, kill, processes
 
@@ -63,7 +63,7 @@ def known(host: Host) -> Known:
         elements = found.pop("elem", [])
         if snapshot.KEPT.fullmatch(found.get("name", "")):
             for one in (one["elem"] if isinstance(one, dict) else {"val": one} for one in elements):
-                ends[f"{found['name']} {nft.element_text(one)}"] = now + one.get("expires", float("inf"))
+                ends[f"{found['name']} {element_text(one)}"] = now + one.get("expires", float("inf"))
         else:
             found["elem"] = sorted(map(json.dumps, elements))
         rules.append((found.get("chain", ""), kind, json.dumps(found)))

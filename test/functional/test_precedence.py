@@ -47,6 +47,7 @@ ACCESS = {
     "public": {587: "open", 993: "open"},
 }
 ROLE = {587: "postfix", 993: "dovecot"}
+SERVICE = {587: "submission", 993: "imaps"}
 
 
 def winner(kinds: set[str], access: str) -> str:
@@ -103,6 +104,9 @@ def test_new_connection(
     load(firewall, mode, family, source, kinds)
     make(firewall, mode, family, source, kinds)
     decisions = {port: DECISIONS[winner(kinds, access)] for port, access in ACCESS[mode].items()}
+    said = firewall.explain(source)["verdicts"]
+    refused = {port: said[SERVICE[port]].startswith("refused") for port in decisions}
+    assert refused == {port: answer == "refused" for port, (answer, _) in decisions.items()}
     assert alice.connect_many(list(decisions), source) == {port: answer for port, (answer, _) in decisions.items()}
     counted = host.call(nft.counters)
     assert {name for name in COUNTERS if counted[name]} == {counter for _, counter in decisions.values()} - {""}

@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from mailfwlib import elements, nft, parse, rules, ruleset, settings, snapshot
+from mailfwlib import elements, explain, netlink, nft, parse, rules, ruleset, settings, snapshot
 from support.net import REPOSITORY, Host
 
 _templates = jinja2.Environment(
@@ -29,6 +29,12 @@ def rule_files(resolved: settings.Settings) -> dict[str, str]:
 def render(resolved: settings.Settings) -> str:
     """Return the rules for some settings, as one nft script."""
     return ruleset.joined(rule_files(resolved))
+
+
+def element_text(element: dict[str, Any]) -> str:
+    """Return the value of an element that nft has listed as JSON, such as ``192.0.2.1 . 587``."""
+    value = element["val"]
+    return " . ".join(map(str, value["concat"])) if isinstance(value, dict) else str(value)
 
 
 class Firewall:
@@ -67,12 +73,10 @@ class Firewall:
 
     def elements(self, name: str) -> dict[str, float]:
         """Return a set's elements, such as ``192.0.2.1`` or ``192.0.2.1 . 587``: element -> seconds left."""
-        found = {}
-        for element in self._host.call(nft.elements, name):
-            value = element["val"]
-            text = " . ".join(map(str, value["concat"])) if isinstance(value, dict) else str(value)
-            found[text] = element.get("expires", float("inf"))
-        return found
+        printed = json.loads(self.nft("-j", "list", "set", *nft.TABLE.split(), name))
+        listed = next(entry["set"] for entry in printed["nftables"] if "set" in entry).get("elem", [])
+        timed = (one["elem"] if isinstance(one, dict) and "elem" in one else {"val": one} for one in listed)
+        return {element_text(one): one.get("expires", float("inf")) for one in timed}
 
     def counter(self, name: str) -> int:
         """Return the packets that a named counter has counted."""
@@ -109,3 +113,9 @@ class Firewall:
     def unblock(self, address: str) -> None:
         """End a source's block."""
         self.run(elements.unblock(parse.address(address), self.settings))
+
+    def explain(self, address: str) -> dict[str, Any]:
+        """Return what the host says of an address."""
+        known = {**self.settings, "host": {"id": "mx1"}}
+        names = [service["name"] for service in self.settings["services"]]
+        return self._host.call(lambda: explain.explain(parse.address(address), known, netlink.Kernel(), names))

@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mailfwlib import elements, parse, settings
+from mailfwlib.netlink import SetElement
 
 IPV4 = parse.address("192.0.2.1")
 IPV6 = parse.address("2001:db8::abcd:1")
@@ -210,22 +211,69 @@ def test_in_networks_is_of_one_family():
 
 
 def test_answers_to_operators():
-    assert elements.left({"val": "192.0.2.1", "expires": 84767}) == "23h32m47s"
-    assert elements.left({"val": "192.0.2.1"}) == "forever"
-    assert elements.by_address([{"val": "192.0.2.1", "expires": 60, "timeout": 90}, {"val": "192.0.2.2"}]) == {
-        "192.0.2.1": "1m",
-        "192.0.2.2": "forever",
-    }
+    assert elements.left(SetElement("192.0.2.1", None, 84767.9)) == "23h32m47s"
+    assert elements.left(SetElement("192.0.2.1", None, None)) == "forever"
+    listed = [SetElement("192.0.2.1", 90, 60), SetElement("192.0.2.2", None, None)]
+    assert elements.by_address(listed) == {"192.0.2.1": "1m", "192.0.2.2": "forever"}
     listed = [
-        {"val": {"concat": ["192.0.2.1", 587]}, "expires": 60},
-        {"val": {"concat": ["2001:db8::", 143]}},
-        {"val": {"concat": ["192.0.2.1", 143]}, "expires": 61},
+        SetElement("192.0.2.1 . 587", None, 60),
+        SetElement("2001:db8:: . 143", None, None),
+        SetElement("192.0.2.1 . 143", None, 61),
     ]
     assert elements.by_address_and_port(listed) == {
         "192.0.2.1": {143: "1m1s", 587: "1m"},
         "2001:db8::": {143: "forever"},
     }
     assert list(elements.by_address_and_port(listed)["192.0.2.1"]) == [143, 587]
+
+
+def test_network_stands_in_the_sets_source_by_source():
+    network = parse.network("192.0.2.0/30")
+    assert elements.unblock(network, DEFAULT) == (
+        "add element inet mailfw blocked_ipv4 { 192.0.2.0, 192.0.2.1, 192.0.2.2, 192.0.2.3 }\n"
+        "delete element inet mailfw blocked_ipv4 { 192.0.2.0, 192.0.2.1, 192.0.2.2, 192.0.2.3 }\n"
+    )
+    assert elements.trust(network, {587: 60, 993: 60}, DEFAULT).count(" . 587 timeout 60s") == 8
+    assert [str(key) for key in elements.source_keys(parse.network("2001:db8::/63"), DEFAULT)] == [
+        "2001:db8::",
+        "2001:db8:0:1::",
+    ]
+    assert len(elements.source_keys(parse.network("192.0.0.0/20"), DEFAULT)) == 4096
+
+
+@pytest.mark.parametrize(("network", "count"), [("10.0.0.0/19", 8192), ("2001:db8::/48", 65536), ("::/0", 2**64)])
+def test_larger_networks_are_for_the_pillar(network, count):
+    with pytest.raises(ValueError, match=rf"has {count} sources, .* a line in the pillar's networks_ipv[46]$"):
+        elements.block(parse.network(network), None, DEFAULT)
+
+
+@pytest.mark.parametrize("network", ["2001:db8:0:1::/64", "2001:db8:0:1::/80", "2001:db8:0:1::5/128"])
+def test_network_within_one_source_is_that_source(network):
+    assert [str(key) for key in elements.source_keys(parse.network(network), DEFAULT)] == ["2001:db8:0:1::"]
+    assert elements.text(elements.source_network(parse.network(network), DEFAULT)) == "2001:db8:0:1::/64"
+
+
+def test_names_of_sources():
+    assert elements.text(elements.source_network(IPV4, DEFAULT)) == "192.0.2.1"
+    assert elements.text(elements.source_network(IPV6, DEFAULT)) == "2001:db8::/64"
+    assert elements.text(elements.source_network(IPV6, WHOLE)) == "2001:db8::abcd:1"
+    assert elements.text(elements.source_network(parse.network("192.0.2.0/24"), DEFAULT)) == "192.0.2.0/24"
+
+
+def test_comments_say_who():
+    assert elements.block(IPV4, None, DEFAULT, "alice: ticket 17") == (
+        'add element inet mailfw blocked_ipv4 { 192.0.2.1 comment "alice: ticket 17" }\n'
+        "delete element inet mailfw blocked_ipv4 { 192.0.2.1 }\n"
+        'add element inet mailfw blocked_ipv4 { 192.0.2.1 comment "alice: ticket 17" }\n'
+    )
+    assert '{ 192.0.2.1 timeout 60s comment "bob" }' in elements.ban(IPV4, ["dovecot"], 60, DEFAULT, "bob")
+
+
+def test_forget_is_of_the_sets_of_the_family():
+    assert elements.forget(IPV4, ["waiting_ipv4", "waiting_ipv6"], [587, 993], DEFAULT) == (
+        "add element inet mailfw waiting_ipv4 { 192.0.2.1 . 587, 192.0.2.1 . 993 }\n"
+        "delete element inet mailfw waiting_ipv4 { 192.0.2.1 . 587, 192.0.2.1 . 993 }\n"
+    )
 
 
 @pytest.mark.parametrize(("network", "ports"), [("2001:db8::/48", 7), ("2001:db8::5/128", 0)])

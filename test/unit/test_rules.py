@@ -1,4 +1,3 @@
-import itertools
 import math
 import re
 
@@ -505,56 +504,3 @@ def test_bucket_is_kept_until_it_is_full_again(count, unit, burst):
     assert 60 <= seconds <= 99_999_999, "nft takes eight digits"
     assert isinstance(seconds, int)
     assert full <= seconds < max(60, full) + 1 or seconds == parse.LONGEST
-
-
-PILLAR = {"trusted": {"networks_ipv4": ["192.0.2.0/25"]}, "blocked": {"networks_ipv4": ["192.0.2.0/24"]}}
-#: Addresses by the networks of the pillar that they are in.
-ADDRESSES = {
-    (True, True): "192.0.2.1",
-    (False, True): "192.0.2.129",
-    (False, False): "198.51.100.1",
-}
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", SERVICES)
-def test_decision_follows_who_wins(name, mode):
-    """Trusted networks, then blocks, then earned trust, then bans; for every service and mode."""
-    one = service(name, mode)
-    found = settings.resolve(PILLAR)
-    access = ACCESS[one["role"], mode]
-    for (in_trusted, in_blocked), address in ADDRESSES.items():
-        for trust, ban, block in itertools.product([{}, {one["port"]: "1h"}, {1: "1h"}], [None, "2h"], [None, "3h"]):
-            if name == "smtp":
-                wanted = "accepted: mail between servers is always open"
-            elif in_trusted:
-                wanted = "accepted: in mailfw:trusted:networks_ipv4"
-            elif in_blocked:
-                wanted = "refused: in mailfw:blocked:networks_ipv4"
-            elif block:
-                wanted = "refused: blocked by an operator, for 3h"
-            elif one["port"] in trust:
-                wanted = "accepted: trusted for 1h"
-            elif access == "trusted only":
-                wanted = f"refused: not trusted, and the mode is {mode}"
-            elif access == "limited" and ban:
-                wanted = "refused: banned for 2h; a login on another service or 'unban' lifts it"
-            else:
-                wanted = f"accepted: {access}, the mode is {mode}"
-            assert rules.decision(parse.address(address), one, trust, ban, block, found) == wanted
-
-
-def test_decision_knows_the_networks_of_each_family():
-    found = settings.resolve({"trusted": {"networks_ipv6": ["2001:db8::/48"]}})
-    imap = service("imap", "private")
-    assert rules.decision(parse.address("2001:db8::1"), imap, {}, None, None, found) == (
-        "accepted: in mailfw:trusted:networks_ipv6"
-    )
-    assert rules.decision(parse.address("192.0.2.1"), imap, {}, None, None, found).startswith("refused: not trusted")
-
-
-def test_a_refusal_is_only_observed_when_nothing_is_enforced():
-    lax, strict = settings.resolve({"enforce": False}), settings.resolve({})
-    assert rules.observed("refused: banned", lax) == "accepted: mailfw:enforce is false; it would be refused: banned"
-    assert rules.observed("accepted: trusted", lax) == "accepted: trusted"
-    assert rules.observed("refused: banned", strict) == "refused: banned"

@@ -1,0 +1,101 @@
+"""Noticing the bans that the rules make: a thread that looks each second.
+
+The kernel says nothing of elements that rules add. But whenever a rule bans a source, the counter ``over_rate`` moves:
+only then the sets are listed.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from mailfwlib import netlink
+
+#: Seconds between two looks, and how many times as long as listing the sets took the pause after it is at least.
+LOOK, REST = 1.0, 10
+#: Bans of one look that are told one by one.
+MOST_TOLD = 200
+#: Deadlines of the same ban, read at different moments, differ by no more seconds.
+_ROUNDING = 2.0
+
+_BANNED = re.compile(r"banned_(networks_)?([a-z]+)_(ipv[46])")
+
+log = logging.getLogger("mailfw-agent")
+
+
+class Ban(NamedTuple):
+    """A ban: from which role, what of (``source`` or ``network``), by which address, until when in Unix time."""
+
+    role: str
+    of: str
+    address: str
+    until: float
+
+
+class Bans:
+    """Tells of each new ban that the rules have made. ``tell`` is called in a thread of its own."""
+
+    def __init__(self, tell: Callable[[Ban], None]):
+        self._tell = tell
+        self._kernel = netlink.Kernel()
+        self._count: int | None = None
+        self._known: dict[tuple[str, str, str], float] = {}
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="bans", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread. Bans that there are already are no news."""
+        self._attempt(self._new)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopping.set()
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        pause = LOOK
+        while not self._stopping.wait(pause):
+            began = time.monotonic()
+            self._attempt(self._tell_new)
+            pause = max(LOOK, REST * (time.monotonic() - began))
+
+    @staticmethod
+    def _attempt(step: Callable[[], object]) -> None:
+        """Log what goes wrong: it is tried again."""
+        try:
+            step()
+        except Exception:
+            log.exception("bans cannot be looked at")
+
+    def _tell_new(self) -> None:
+        found = self._new()
+        for ban in found[:MOST_TOLD]:
+            self._tell(ban)
+        if len(found) > MOST_TOLD:
+            log.warning("%s more sources were banned within a second", len(found) - MOST_TOLD)
+
+    def _new(self) -> list[Ban]:
+        """Return the bans that were not there at the last look."""
+        count = self._kernel.counter("over_rate")
+        if count is None or count == self._count:
+            return []
+        seen = self._seen()
+        found = [Ban(*key, until) for key, until in seen.items() if until > self._known.get(key, 0.0) + _ROUNDING]
+        self._count, self._known = count, seen
+        return found
+
+    def _seen(self) -> dict[tuple[str, str, str], float]:
+        """Return the bans that there are now: role, of what, address -> until when. Operators' have a comment."""
+        now, seen = time.time(), {}
+        for name in self._kernel.sets():
+            match = _BANNED.fullmatch(name)
+            for one in self._kernel.elements(name) if match else ():
+                if match and not one.note and one.left is not None:
+                    of = "network" if match[1] else "source"
+                    seen[match[2], of, one.value] = now + one.left
+        return seen

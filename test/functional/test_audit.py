@@ -1,0 +1,149 @@
+"""Who is trusted and banned is in the journal, whoever or whatever has made it so, and soon."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mailfwlib import audit, elements, parse
+from support.agent import KEY, Agent, signed
+from support.firewall import Firewall
+from support.net import Client, Host, until
+from support.systemjournal import SystemJournal
+
+#: Seconds within which a ban that the rules make is in the journal.
+SOON = 2.0
+PILLAR: dict[str, Any] = {
+    "autoban": {"rate": "1/hour", "burst": 2},
+    "reaction": {"banned": "reject"},
+    "reports": False,
+    "fleet": {"keys": [KEY]},
+}
+PORTS = "587,465,143,993,110,995,4190"
+
+
+@pytest.fixture
+def journal(host: Host) -> Iterator[SystemJournal]:
+    made = SystemJournal(host)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def loaded(firewall: Firewall) -> Firewall:
+    firewall.load(**PILLAR)
+    return firewall
+
+
+@pytest.fixture
+def agent(loaded: Firewall, journal: SystemJournal, host: Host, tmp_path: Path) -> Iterator[Agent]:
+    made = Agent(host, tmp_path, PILLAR)
+    made.status()
+    yield made
+    made.close()
+
+
+def exceed(client: Client, source: str, port: int = 143) -> None:
+    for _ in range(3):
+        client.connect(port, source)
+
+
+def bans_told(agent: Agent) -> list[dict[str, Any]]:
+    return [one["data"] for one in agent.events() if one["tag"] == "mailfw/ban"]
+
+
+def test_ban_by_the_rate_is_told_soon(
+    agent: Agent, journal: SystemJournal, alice: Client, mallory: Client, family: str
+) -> None:
+    source, other = alice.addresses(family)[0], mallory.addresses(family)[0]
+    name = source if family == "ipv4" else "2001:db8:a::/64"
+    exceed(alice, source)
+    (entry,) = until(lambda: journal.entries("ban"), "the ban in the journal", SOON)
+    assert entry["MESSAGE"].startswith(f"action=ban address={name} where=dovecot until=20")
+    assert entry["MESSAGE"].endswith("Z by=rate")
+    assert entry["SYSLOG_IDENTIFIER"] == "mailfw"
+    assert entry["MAILFW_ADDRESS"] == name
+    (event,) = until(lambda: bans_told(agent), "the event")
+    assert {key: event[key] for key in ("host", "role", "address")} == {
+        "host": "mx1.example",
+        "role": "dovecot",
+        "address": name,
+    }
+    assert event["until"] == pytest.approx(time.time() + 3600, abs=10)
+    assert entry["MAILFW_UNTIL"] in {audit.moment(event["until"] + second) for second in (-1, 0, 1)}
+
+    exceed(alice, source, 587)
+    exceed(mallory, other)
+    until(lambda: len(journal.entries("ban")) == 3, "both others", SOON)
+    assert {one["MAILFW_WHERE"] for one in journal.entries("ban") if one["MAILFW_ADDRESS"] == name} == {
+        "dovecot",
+        "postfix",
+    }
+
+
+def test_only_new_bans_of_the_rules_are_told(
+    agent: Agent, loaded: Firewall, journal: SystemJournal, alice: Client, family: str
+) -> None:
+    """Not an operator's, which the verb tells, nor those from before."""
+    source, *_, third = alice.addresses(family)
+    exceed(alice, source)
+    until(lambda: journal.entries("ban"), "the ban in the journal", SOON)
+    agent.restart()
+    agent.status()
+    loaded.run(elements.ban(parse.address("192.0.2.77"), ["dovecot"], 600, loaded.settings, audit.note("alice", "")))
+    exceed(alice, third)
+    until(lambda: len(journal.entries("ban")) == 2, "the second ban", SOON)
+    assert journal.entries()[1]["MAILFW_ADDRESS"] == (third if family == "ipv4" else "2001:db8:a:1::/64")
+    assert len(journal.entries()) == 2
+
+
+def test_network_is_told_as_one(agent: Agent, loaded: Firewall, journal: SystemJournal, alice: Client) -> None:
+    pillar = {**PILLAR, "autoban": {"burst": 100, "networks": {"rate": "2/hour"}}}
+    agent.configure(pillar)
+    loaded.load(**pillar)
+    exceed(alice, alice.ipv4[0])
+    (entry,) = until(lambda: journal.entries("ban"), "the ban in the journal", SOON)
+    assert entry["MAILFW_ADDRESS"] == "198.51.100.0/24"
+
+
+def test_nothing_is_listed_while_nobody_is_banned(agent: Agent, host: Host, loaded: Firewall) -> None:
+    """A second's look costs next to nothing, also with many bans there."""
+    many = ", ".join(f"10.{n >> 8}.{n & 255}.1" for n in range(60_000))
+    loaded.run(f"add element inet mailfw banned_dovecot_ipv4 {{ {many} }}")
+
+    def used() -> float:
+        fields = Path(f"/proc/{agent.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    until(lambda: agent.status()["last_snapshot"], "the first snapshot, which lists them")
+    before = used()
+    time.sleep(2)
+    assert used() - before < 0.1
+
+
+def test_trust_is_told_when_it_is_news(agent: Agent, journal: SystemJournal, family: str) -> None:
+    source, other = {"ipv4": ("192.0.2.1", "192.0.2.2"), "ipv6": ("2001:db8:1::1", "2001:db8:2::1")}[family]
+    names = [source, other] if family == "ipv4" else ["2001:db8:1::/64", "2001:db8:2::/64"]
+    for _ in range(3):
+        agent.login(source, "alice@example.org")
+    assert agent.ask("receive", signed({other: time.time()})) == "1"
+    found = [one["MESSAGE"].split() for one in journal.entries("trust")]
+    assert [line[1] for line in found] == [f"address={name}" for name in names]
+    assert [line[2] for line in found] == [f"where={PORTS}"] * 2
+    assert [line[4] for line in found] == ["by=login", "by=fleet"]
+    assert "alice" not in str(journal.entries())
+
+
+def test_login_does_not_wait_for_the_journal(agent: Agent, journal: SystemJournal, host: Host) -> None:
+    """Nobody reads it: what does not fit is in the agent's log."""
+    began = time.monotonic()
+    for number in range(1500):
+        agent.login(f"10.1.{number >> 8}.{number & 255}")
+    assert time.monotonic() - began < 10
+    assert "action=trust address=10.1.5." in agent.log()
+    assert "not in the journal" in agent.log()
