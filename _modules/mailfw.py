@@ -649,6 +649,41 @@ def remaining(address):
     }
 
 
+def lacking(kind, address, period=None, services=None):
+    """
+    Return what an address or a network lacks to be trusted, or blocked, for at least half of a period: port, or
+    ``all`` for a block, -> for how long it still is, empty when it is not. Called by the states.
+
+    kind
+        ``trusted`` or ``blocked``.
+
+    address
+        The address or network.
+
+    period
+        The period. Default: for ever.
+
+    services
+        The services or ports that it is to be trusted on, as a list. Default: every login port of the host.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.lacking trusted 192.0.2.1 period=30d
+    """
+    host = _host_settings()
+    found = _remaining(_source(address, host), host)
+    if kind == "trusted":
+        left = {port: found["trusted"].get(port) for port in _ports(services, host)}
+    elif kind == "blocked":
+        left = {"all": found["blocked"]}
+    else:
+        raise SaltInvocationError(f"kind {kind!r}: expected trusted or blocked")
+    enough = float("inf") if period is None else _period(period) / 2
+    return {what: "" if one is None else _text(one) for what, one in left.items() if one is None or one < enough}
+
+
 def explain(address, service=None):
     """
     Say how this host treats an address, and why: the walk of the loaded rules, over what the kernel has of it. Takes

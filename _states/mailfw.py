@@ -3,9 +3,12 @@ Bring a mail host's firewall to what its ``mailfw`` pillar says.
 
 ``state.apply mailfw`` uses these in order: check the settings, load the rules, save the settings for the agent.
 :py:func:`reactor_configured` is for the master.
+
+What is to last is declared with :py:func:`trusted`, :py:func:`blocked` and :py:func:`absent`; the pillar's lists of
+networks are for larger ones.
 """
 
-from salt.exceptions import CommandExecutionError
+from salt.exceptions import CommandExecutionError, SaltException
 
 __virtualname__ = "mailfw"
 
@@ -154,3 +157,98 @@ def _replaced(name, what, replace, **arguments):
         return _result(name, comment=f"The {what} is as it should be.")
     verb = "would be" if testing else "was"
     return _result(name, None if testing else True, f"The {what} {verb} replaced.", {what: "replaced"})
+
+
+def trusted(name, period="366d", services=None, reason="by a state"):
+    """
+    Keep an address or a network trusted on this host. It is trusted anew when less than half of the period is left, so
+    that it ends by itself once the state is gone.
+
+    name
+        The address or network.
+
+    period
+        For how long, at most ``366d``, which is the default.
+
+    services
+        The services or ports, as a list. Default: every login port of the host.
+
+    reason
+        Why, for the journal and ``mailfw.explain``; at most 90 bytes.
+
+    .. code-block:: yaml
+
+        192.0.2.1:
+          mailfw.trusted:
+            - period: 30d
+            - services: [submission, submissions]
+    """
+    wanted = {"period": period, "services": services}
+    return _kept(name, "trusted", "trust", wanted, reason)
+
+
+def blocked(name, period=None, reason="by a state"):
+    """
+    Keep an address or a network blocked from every login port of this host, and end its sessions when it is not yet.
+
+    name
+        The address or network.
+
+    period
+        For how long; it is blocked anew when less than half of it is left. Default: until it is unblocked.
+
+    reason
+        Why, for the journal and ``mailfw.explain``; at most 90 bytes.
+
+    .. code-block:: yaml
+
+        198.51.100.0/24:
+          mailfw.blocked:
+            - reason: guesses passwords
+    """
+    return _kept(name, "blocked", "block", {"period": period}, reason)
+
+
+def absent(name, reason="by a state"):
+    """
+    Have an address or a network neither trusted nor banned nor blocked on this host, but by the lists of the pillar.
+
+    name
+        The address or network.
+
+    reason
+        Why, for the journal; at most 90 bytes.
+
+    .. code-block:: yaml
+
+        192.0.2.1:
+          mailfw.absent: []
+    """
+    try:
+        found = {kind: left for kind, left in __salt__["mailfw.remaining"](name).items() if left}
+        if not found:
+            return _result(name, comment=f"{name} is neither trusted nor banned nor blocked.")
+        changes = {kind: {"old": left, "new": {}} for kind, left in found.items()}
+        if __opts__["test"]:
+            return _result(name, None, f"{name} would be neither trusted nor banned nor blocked.", changes)
+        __salt__["mailfw.clear"](name, reason=reason)
+        if "blocked" in found:
+            __salt__["mailfw.unblock"](name, reason=reason)
+    except SaltException as err:
+        return _result(name, False, str(err))
+    return _result(name, comment=f"{name} is neither trusted nor banned nor blocked any more.", changes=changes)
+
+
+def _kept(name, kind, verb, wanted, reason):
+    """Report on what a verb makes of an address, unless it is that for long enough already."""
+    try:
+        lacking = __salt__["mailfw.lacking"](kind, name, **wanted)
+        if not lacking:
+            return _result(name, comment=f"{name} is {kind}.")
+        changes = {kind: {"old": lacking, "new": dict.fromkeys(lacking, wanted["period"] or "forever")}}
+        if __opts__["test"]:
+            return _result(name, None, f"{name} would be {kind}.", changes)
+        __salt__[f"mailfw.{verb}"](name, reason=reason, **wanted)
+    except SaltException as err:
+        return _result(name, False, str(err))
+    return _result(name, comment=f"{name} is {kind} now.", changes=changes)

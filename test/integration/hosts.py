@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import json
 import os
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -100,6 +101,26 @@ class Host:
                 address, port = element["elem"]["val"]["concat"]
                 found.setdefault(address, {})[port] = element["elem"]["expires"]
         return found
+
+    @contextlib.contextmanager
+    def journal(self) -> Iterator[Callable[[], list[dict[str, str]]]]:
+        """Take what journald would be given meanwhile; gives a function that returns the entries so far."""
+        path = self.path("/run/systemd/journal/socket")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found: list[dict[str, str]] = []
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+            listener.bind(str(path))
+            listener.setblocking(False)
+
+            def entries() -> list[dict[str, str]]:
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        lines = listener.recv(65536).decode().splitlines()
+                        found.append(dict(line.split("=", 1) for line in lines))
+                return found
+
+            yield entries
+        path.unlink()
 
     def ruleset(self) -> str:
         """Return the loaded ruleset without elements that come and go; empty when nothing is loaded."""

@@ -1,8 +1,10 @@
 """The operator's verbs, called through the master."""
 
+import contextlib
 import json
 import re
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -52,13 +54,15 @@ def test_render_gives_the_files_that_are_loaded(fleet: Fleet, mx1: MailHost) -> 
 def test_trust_and_untrust(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
     address = fleet.new_address()
     done = fleet.call(mx1, "mailfw.trust", address)
-    assert done == {"trusted": address, "ports": [587, 465, 143, 993, 110, 995, 4190], "period": "1d"}
+    assert done == {"trusted": address, "ports": [587, 465, 143, 993, 110, 995, 4190], "period": "1d", "was": {}}
     assert mx1.trusts(address)
     assert not mx2.trusts(address)
     assert fleet.call(mx1, "mailfw.list_trusted")[address].keys() == set(done["ports"])
     assert "accepted: trusted" in fleet.call(mx1, "mailfw.check", address)["services"]["imaps"]
 
-    assert fleet.call(mx1, "mailfw.untrust", address)["untrusted"] == address
+    undone = {"untrusted": address, "ports": sorted(done["ports"]), "sessions_ended": 0}
+    assert fleet.call(mx1, "mailfw.untrust", address) == undone
+    assert fleet.call(mx1, "mailfw.untrust", address) == {**undone, "ports": []}
     assert not mx1.trusts(address)
     assert address not in fleet.call(mx1, "mailfw.list_trusted")
 
@@ -66,7 +70,7 @@ def test_trust_and_untrust(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
 def test_trust_on_some_services_for_some_time(fleet: Fleet, mx1: MailHost) -> None:
     address = fleet.new_address()
     done = fleet.call(mx1, "mailfw.trust", address, period="90m", services="submission,993")
-    assert done == {"trusted": address, "ports": [587, 993], "period": "1h30m"}
+    assert done == {"trusted": address, "ports": [587, 993], "period": "1h30m", "was": {}}
     left = mx1.host.trusted()[address]
     assert left.keys() == {587, 993}
     assert all(5390 <= seconds <= 5400 for seconds in left.values())
@@ -82,13 +86,15 @@ def test_a_login_does_not_shorten_what_an_operator_gave(fleet: Fleet, mx1: MailH
 def test_ban_and_unban(fleet: Fleet, mx1: MailHost) -> None:
     address = fleet.new_address()
     done = fleet.call(mx1, "mailfw.ban", address, role="dovecot", period="90m")
-    assert done == {"banned": address, "roles": ["dovecot"], "period": "1h30m"}
+    assert done == {"banned": address, "roles": ["dovecot"], "period": "1h30m", "was": {}}
+    again = fleet.call(mx1, "mailfw.ban", address, role="dovecot", period="2h")
+    assert re.fullmatch(r"1h(30m|29m\d\ds)", again["was"]["dovecot"])
     banned = fleet.call(mx1, "mailfw.list_banned")
     assert address in banned["dovecot"]
     assert address not in banned["postfix"]
     services = fleet.call(mx1, "mailfw.check", address)["services"]
     assert "refused: banned" in services["imap"]
-    assert "accepted" in services["submission"]
+    assert "limited: below the rate" in services["submission"]
 
     assert fleet.call(mx1, "mailfw.unban", address) == {"unbanned": address, "roles": ["dovecot"]}
     assert address not in fleet.call(mx1, "mailfw.list_banned", role="dovecot")["dovecot"]
@@ -104,26 +110,34 @@ def test_a_login_lifts_a_ban_on_every_host_but_never_a_block(fleet: Fleet, mx1: 
     wait_until_trusted(blocked, mx2)
     assert all(banned not in listed["dovecot"] for listed in both(fleet, "mailfw.list_banned"))
     for found in both(fleet, "mailfw.check", blocked):
-        assert "refused: blocked by an operator" in found["services"]["imap"]
+        assert found["services"]["imap"].startswith("refused: blocked without an end, by ")
 
 
 def test_block_and_unblock(fleet: Fleet) -> None:
     address = fleet.new_address()
-    done = {"blocked": address, "period": "forever", "sessions_ended": 0}
+    done = {"blocked": address, "period": "forever", "sessions_ended": 0, "was": ""}
     assert both(fleet, "mailfw.block", address) == [done] * 2
+    assert both(fleet, "mailfw.block", address) == [{**done, "was": "forever"}] * 2
     assert [listed[address] for listed in both(fleet, "mailfw.list_blocked")] == ["forever"] * 2
     assert both(fleet, "mailfw.unblock", address) == [{"unblocked": address, "was_blocked": True}] * 2
     assert both(fleet, "mailfw.unblock", address) == [{"unblocked": address, "was_blocked": False}] * 2
     assert not any(address in listed for listed in both(fleet, "mailfw.list_blocked"))
 
 
+@contextlib.contextmanager
+def session(target: MailHost, port: int) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A connection from here to a mail host: the client's socket and the server's."""
+    own = target.host.run("ip", "-json", "-4", "address", "show", "eth0").stdout
+    mail_host = json.loads(own)[0]["addr_info"][0]["local"]
+    with network_of(target.host):
+        listener = socket.create_server((mail_host, port))
+    with listener, socket.create_connection((mail_host, port), 5) as client, listener.accept()[0] as server:
+        yield client, server
+
+
 def test_a_block_ends_idle_sessions_at_once(fleet: Fleet, mx1: MailHost) -> None:
     source = f"{NETWORK}.1"
-    own = mx1.host.run("ip", "-json", "-4", "address", "show", "eth0").stdout
-    mail_host = json.loads(own)[0]["addr_info"][0]["local"]
-    with network_of(mx1.host):
-        listener = socket.create_server((mail_host, 993))
-    with listener, socket.create_connection((mail_host, 993), 5) as client, listener.accept()[0] as server:
+    with session(mx1, 993) as (client, server):
         assert client.getsockname()[0] == source
         try:
             assert fleet.call(mx1, "mailfw.block", source)["sessions_ended"] == 1
@@ -170,12 +184,158 @@ def test_status_says_what_is_wrong(fleet: Fleet, mx1: MailHost) -> None:
 
 def test_a_block_of_an_ipv6_address_takes_its_prefix_and_ends(fleet: Fleet, mx1: MailHost) -> None:
     assert fleet.call(mx1, "mailfw.block", "2001:db8:9:9::1", period="1d") == {
-        "blocked": "2001:db8:9:9::",
+        "blocked": "2001:db8:9:9::/64",
         "period": "1d",
         "sessions_ended": 0,
+        "was": "",
     }
     assert "refused" in fleet.call(mx1, "mailfw.check", "2001:db8:9:9::2")["services"]["imap"]
     assert fleet.call(mx1, "mailfw.unblock", "2001:db8:9:9:8::")["was_blocked"] is True
+
+
+def test_explain_is_for_some_services_or_all(fleet: Fleet, mx1: MailHost) -> None:
+    address = fleet.new_address()
+    fleet.call(mx1, "mailfw.ban", address, role="postfix", reason='a "reason"')
+    told = fleet.call(mx1, "mailfw.explain", address, "submission,993")
+    assert (told["address"], told["host"], told["mode"]) == (address, "mx1", "autoban")
+    assert told["verdicts"].keys() == {"submission", "imaps"}
+    assert re.fullmatch(r"until .* left\), for \ds so far, by [a-z_]+: a 'reason'", told["banned"]["postfix"])
+    assert told["advice"][0].startswith(f"salt mx1 mailfw.unban {address} ")
+    short = fleet.call(mx1, "mailfw.check", address)["services"]
+    assert {name: said.partition(":")[0] for name, said in short.items()} == {
+        **dict.fromkeys(("imap", "imaps", "pop3", "pop3s", "sieve"), "limited"),
+        **dict.fromkeys(("submission", "submissions"), "refused"),
+        "smtp": "accepted",
+    }
+
+
+def test_networks_are_taken_source_by_source(fleet: Fleet, mx1: MailHost) -> None:
+    network, inside, outside = "192.0.2.64/26", "192.0.2.77", "192.0.2.128"
+    for verb, undo in (("block", "unblock"), ("ban", "unban")):
+        assert network in fleet.call(mx1, f"mailfw.{verb}", network).values()
+        assert fleet.call(mx1, "mailfw.check", inside)["services"]["imap"].startswith("refused: ")
+        assert fleet.call(mx1, "mailfw.check", outside)["services"]["imap"].startswith("limited: ")
+        fleet.call(mx1, f"mailfw.{undo}", network)
+        assert fleet.call(mx1, "mailfw.check", inside)["services"]["imap"].startswith("limited: ")
+    fleet.call(mx1, "mailfw.trust", network, services="587")
+    assert mx1.host.trusted()[inside].keys() == {587}
+    assert fleet.call(mx1, "mailfw.untrust", network)["ports"] == [587]
+    assert inside not in mx1.host.trusted()
+
+
+def test_untrust_ends_sessions_on_its_services_at_once(fleet: Fleet, mx1: MailHost) -> None:
+    source = f"{NETWORK}.1"
+    fleet.call(mx1, "mailfw.trust", source)
+    with session(mx1, 993) as (imaps, _), session(mx1, 143) as (imap, server):
+        assert fleet.call(mx1, "mailfw.untrust", source, services="imaps") == {
+            "untrusted": source,
+            "ports": [993],
+            "sessions_ended": 1,
+        }
+        with pytest.raises(ConnectionResetError):
+            imaps.recv(1)
+        imap.sendall(b"x")
+        assert server.recv(1) == b"x"
+    fleet.call(mx1, "mailfw.clear", source)
+
+
+def test_clear_forgets_everything_but_a_block(fleet: Fleet, mx1: MailHost) -> None:
+    address = fleet.new_address()
+    fleet.call(mx1, "mailfw.trust", address, period="30d")
+    fleet.call(mx1, "mailfw.ban", address)
+    fleet.call(mx1, "mailfw.block", address)
+    mx1.host.nft("add", "element", "inet", "mailfw", "waiting_ipv4", f"{{ {address} . 587 }}")
+    mx1.host.nft("add", "element", "inet", "mailfw", "rate_dovecot_ipv4", f"{{ {address} }}")
+    done = fleet.call(mx1, "mailfw.clear", address)
+    assert (done["cleared"], done["still_blocked"]) == (address, "forever")
+    assert (len(done["trusted"]), done["banned"].keys()) == (7, {"postfix", "dovecot"})
+    assert mx1.host.nft("list", "ruleset").count(address) == 1
+    assert fleet.call(mx1, "mailfw.clear", address) == {
+        "cleared": address,
+        "trusted": {},
+        "banned": {},
+        "still_blocked": "forever",
+    }
+    fleet.call(mx1, "mailfw.unblock", address)
+    mx1.agent.login(address)
+    assert all(left <= 86400 for left in mx1.host.trusted()[address].values()), "the agent has forgotten as well"
+
+
+def test_flush_is_of_one_kind(fleet: Fleet, mx1: MailHost) -> None:
+    trusted, banned, blocked = (fleet.new_address() for _ in range(3))
+    mx1.agent.login(trusted)
+    fleet.call(mx1, "mailfw.ban", banned)
+    fleet.call(mx1, "mailfw.block", blocked)
+    for kind, address in (("banned", banned), ("trusted", trusted), ("blocked", blocked)):
+        assert address in mx1.host.nft("list", "ruleset")
+        assert fleet.call(mx1, "mailfw.flush", kind, all=True)["elements"] >= 1
+        assert address not in mx1.host.nft("list", "ruleset")
+    assert fleet.call(mx1, "mailfw.flush", "trusted", all=True) == {"flushed": "trusted", "elements": 0}
+
+
+def test_changes_are_in_the_journal_with_who_and_why(fleet: Fleet, mx1: MailHost) -> None:
+    address = fleet.new_address()
+    with mx1.host.journal() as entries:
+        for verb in ("trust", "untrust", "ban", "unban", "block", "unblock", "unblock"):
+            fleet.call(mx1, f"mailfw.{verb}", address, reason="ticket 17")
+        found = [entry["MESSAGE"] for entry in entries() if entry.get("MAILFW_ADDRESS") == address]
+    assert [line.split()[0] for line in found] == [
+        f"action={verb}" for verb in ("trust", "untrust", "ban", "unban", "block", "unblock")
+    ]
+    assert all(re.search(r' by=[a-z_]+ why="ticket 17"$', line) for line in found)
+    assert f"address={address} where=587,465,143,993,110,995,4190 until=20" in found[0]
+    assert "until=forever" in found[4]
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "lasting"),
+    [("trusted", {"services": ["submission"], "period": "30d"}, "30d"), ("blocked", {}, "forever")],
+)
+def test_states_keep_an_address_and_have_it_absent(
+    fleet: Fleet, mx1: MailHost, function: str, arguments: dict[str, Any], lasting: str
+) -> None:
+    address = fleet.new_address()
+
+    def state(name: str, **more: Any) -> dict[str, Any]:
+        (found,) = fleet.call(mx1, "state.single", f"mailfw.{name}", address, **more).values()
+        return found
+
+    what = {"trusted": "587", "blocked": "all"}[function]
+    changes = {function: {"old": {what: ""}, "new": {what: lasting}}}
+    assert (state(function, test=True, **arguments)["result"], address in fleet_sets(mx1)) == (None, False)
+    done = state(function, **arguments)
+    assert (done["result"], json.loads(json.dumps(done["changes"]))) == (True, changes)
+    assert address in fleet_sets(mx1)
+    again = state(function, **arguments)
+    assert (again["result"], again["changes"]) == (True, {})
+
+    assert state("absent", test=True)["result"] is None
+    assert address in fleet_sets(mx1)
+    gone = state("absent")
+    assert (gone["result"], list(gone["changes"])) == (True, [function])
+    assert address not in fleet_sets(mx1)
+    assert state("absent")["changes"] == {}
+
+
+def test_states_renew_what_has_less_than_half_of_its_period_left(fleet: Fleet, mx1: MailHost) -> None:
+    address = fleet.new_address()
+    fleet.call(mx1, "mailfw.block", address, period="10h")
+    for period, changed in (("19h", False), ("21h", True), ("21h", False), (None, True)):
+        (done,) = fleet.call(mx1, "state.single", "mailfw.blocked", address, period=period).values()
+        assert bool(done["changes"]) is changed, period
+    fleet.call(mx1, "mailfw.unblock", address)
+
+
+def test_states_say_what_is_wrong(fleet: Fleet, mx1: MailHost) -> None:
+    for function in ("trusted", "blocked", "absent"):
+        (done,) = fleet.call(mx1, "state.single", f"mailfw.{function}", "nonsense").values()
+        assert done["result"] is False
+        assert "address 'nonsense': expected an IPv4 or IPv6 address" in done["comment"]
+
+
+def fleet_sets(host: MailHost) -> str:
+    """Return the loaded elements, as nft lists them."""
+    return host.host.nft("list", "ruleset")
 
 
 def test_login_does_what_the_hook_does(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
@@ -195,7 +355,13 @@ def test_agent_status_says_how_the_agent_is(fleet: Fleet) -> None:
     ("call", "said"),
     [
         (["trust", "nonsense"], "address 'nonsense': expected an IPv4 or IPv6 address"),
-        (["trust", "192.0.2.0/24"], "address '192.0.2.0/24': expected an IPv4 or IPv6 address"),
+        (["trust", "192.0.2.1/24"], "address '192.0.2.1/24': has host bits set: write 192.0.2.0/24 for the network"),
+        (["block", "192.0.0.0/16"], "address '192.0.0.0/16': has 65536 sources, more than the 4096"),
+        (["explain", "192.0.2.0/24"], "address '192.0.2.0/24': expected an IPv4 or IPv6 address"),
+        (["explain", "192.0.2.1", "gopher"], "service 'gopher': expected one of imap, imaps"),
+        (["block", "192.0.2.1", None, "x" * 91], "expected text of at most 90 bytes"),
+        (["flush", "everything", True], "kind 'everything': expected one of trusted, banned, blocked"),
+        (["flush", "trusted"], "expected all=True"),
         (["trust", "192.0.2.1", "a while"], "period 'a while': expected a duration"),
         (["trust", "192.0.2.1", "1h", "smtp"], "service 'smtp': expected one of this host's: submission (587)"),
         (["untrust", "192.0.2.1", "gopher"], "service 'gopher': expected one of this host's"),
