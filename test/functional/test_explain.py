@@ -161,6 +161,16 @@ def test_connections_that_are_said_to_be_free_are(firewall: Firewall, host: Host
     assert alice.connect(143, source) == "refused"
 
 
+def test_trust_that_is_over_counts_no_more(firewall: Firewall, alice: Client) -> None:
+    """Though the kernel clears it away a minute later only."""
+    source = alice.ipv4[0]
+    firewall.load(protection={"type": "private"}, reaction=REJECT)
+    firewall.trust(source, seconds=1)
+    assert said(firewall, source)["imaps"]
+    until(lambda: not said(firewall, source)["imaps"], "the end of the trust", seconds=3)
+    assert alice.connect(993, source) == "refused"
+
+
 def test_the_loaded_rules_decide_whatever_the_settings_say(firewall: Firewall, alice: Client, family: str) -> None:
     source = alice.addresses(family)[0]
     firewall.load(protection={"type": "private"}, services={"sieve": False}, reaction=REJECT)

@@ -199,6 +199,9 @@ BAD = {
     "older": snapshot.text({}).replace("snapshot 1", "snapshot 0"),
     "altered": snapshot.text({"trusted_ipv4": [snapshot.Element("192.0.2.1 . 587", 1, None)]}).replace("2.1", "2.2"),
     "hostile": snapshot.text({"trusted_ipv4": [snapshot.Element("192.0.2.1 . 587 }; flush ruleset", 1, None)]}),
+    "hostile comment": snapshot.text(
+        {"blocked_ipv4": [snapshot.Element("192.0.2.1", None, None, 'x" }; flush ruleset')]}
+    ),
     "unknown set": snapshot.text({"services": [snapshot.Element("192.0.2.1", None, None)]}),
     "wrong type": snapshot.text({"blocked_ipv4": [snapshot.Element("2001:db8::", None, None)]}),
     "not text": "\xff\xfe",

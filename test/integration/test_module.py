@@ -273,6 +273,12 @@ def test_flush_is_of_one_kind(fleet: Fleet, mx1: MailHost) -> None:
     assert fleet.call(mx1, "mailfw.flush", "trusted", all=True) == {"flushed": "trusted", "elements": 0}
 
 
+def test_an_argument_that_there_is_not_is_named(fleet: Fleet, mx1: MailHost) -> None:
+    address = fleet.new_address()
+    assert "perod: there is no such argument" in fleet.call(mx1, "mailfw.block", address, perod="1d")
+    assert address not in fleet_sets(mx1)
+
+
 def test_changes_are_in_the_journal_with_who_and_why(fleet: Fleet, mx1: MailHost) -> None:
     address = fleet.new_address()
     with mx1.host.journal() as entries:
