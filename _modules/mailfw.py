@@ -34,11 +34,13 @@ from mailfwlib import (
     client,
     elements,
     files,
+    kick,
     messages,
     neighbours,
     netlink,
     nft,
     parse,
+    people,
     rules,
     ruleset,
     sockets,
@@ -422,6 +424,62 @@ def untrust(address, services=None, reason="", **kwargs):
     if had or ended:
         audit.record("untrust", name, by, had, why=why)
     return {"untrusted": name, "ports": had, "sessions_ended": ended}
+
+
+def revoke(user):
+    """
+    End on this host what only this user's logins have earned, and the user's open sessions: for a stolen password, once
+    it is changed.
+
+    Returns the addresses that are trusted no more (``revoked``); those that stay, because others have logged in from
+    there as well (``shared``) or because an operator has trusted them (``given``: the ports that were given); how many
+    sessions were ended; and ``problems``, if there were any. Logins of nobody by name are nobody's.
+
+    user
+        The user, as Dovecot logs the name. Upper and lower case are the same.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.revoke alice@example.org
+    """
+    try:
+        user = people.name(user)
+    except ValueError as err:
+        raise SaltInvocationError(f"user {user!r:.80}: {err}") from err
+    host = _host_settings()
+    found, more = {"revoked": [], "shared": [], "given": []}, True
+    while more:
+        answer = json.loads(_ask_agent("revoke", user))
+        more = answer.pop("more")
+        for what, addresses in answer.items():
+            found[what] += addresses
+    ended, problems = _end_user(user, found["revoked"], host)
+    log.info("mailfw: %s addresses of a user revoked, by an operator; %s sessions ended", len(found["revoked"]), ended)
+    return {**found, "sessions_ended": ended, **({"problems": problems} if problems else {})}
+
+
+def _end_user(user, addresses, host):
+    """End a user's sessions, and the submissions of some addresses; return how many there were, and problems."""
+    ended, problems = 0, []
+    if host["trusted"].get("users") == "off":
+        problems.append("mailfw:trusted:users is off: who has earned what is not known, only sessions were ended")
+    if "dovecot" in host["roles"]:
+        try:
+            ended += kick.end_sessions(user)
+        except kick.KickError as err:
+            problems.append(f"the user's sessions: {err}")
+    ports = [one["port"] for one in host["services"] if one["login"] and one["role"] == "postfix"]
+    keys = set(map(parse.address, addresses))
+    try:
+        open_ = {source for source, _, _ in sockets.connections(ports)} if keys else set()
+        for source in open_:
+            if elements.trusted_key(source, host) in keys:
+                ended += sockets.end(parse.network(str(source)), ports)
+    except sockets.SocketsError as err:
+        problems.append(f"connections to submission: {err}")
+    return ended, problems
 
 
 def ban(address, role=None, period=None, reason="", **kwargs):

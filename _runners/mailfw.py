@@ -1,6 +1,6 @@
 """
-The fleet of mail hosts, seen from the master: takes the logins that mail hosts announce and publishes them to all, and
-is the way out for all of them.
+The fleet of mail hosts, seen from the master: takes the logins that mail hosts announce and publishes them to all, is
+the way out for all of them, and ends what a user has earned on all of them.
 
 The fleet's keys are in the master's configuration (``mailfw:keys`` in ``master.d/mailfw.conf``, written by the state
 ``mailfw.reactor``). What is not signed under one of them is dropped here already, and a minion is a mail host of the
@@ -20,7 +20,7 @@ import salt.client
 import salt.utils.files
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
-from mailfwlib import breakglass, messages
+from mailfwlib import breakglass, messages, people
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +55,21 @@ def _keys():
 
 @contextlib.contextmanager
 def _database():
-    """The messages that wait for a job, the last login from each address, and when each mail host last signed."""
+    """The messages that wait for a job, each user's last login from each address, and when each mail host last signed.
+
+    Users are keys: see mailfwlib.people; an empty one is nobody by name. Of those that are revoked it is the hashes.
+    """
     path = os.path.join(__opts__["cachedir"], "mailfw.sqlite")
     with salt.utils.files.set_umask(0o077):
         database = sqlite3.connect(path, timeout=10)
     try:
         with database:
             database.execute("CREATE TABLE IF NOT EXISTS waiting (message TEXT NOT NULL)")
-            database.execute("CREATE TABLE IF NOT EXISTS logins (address TEXT PRIMARY KEY, at REAL NOT NULL)")
+            database.execute(
+                "CREATE TABLE IF NOT EXISTS trusts"
+                " (address TEXT NOT NULL, user TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY (address, user))"
+            )
+            database.execute("CREATE TABLE IF NOT EXISTS revoked (user TEXT PRIMARY KEY, at REAL NOT NULL)")
             database.execute("CREATE TABLE IF NOT EXISTS hosts (id TEXT PRIMARY KEY, seen REAL NOT NULL)")
             yield database
     finally:
@@ -98,10 +105,25 @@ def announce(message):
             return "dropped: too many wait"
         database.execute("INSERT INTO waiting VALUES (?)", (message,))
         database.executemany(
-            "INSERT INTO logins VALUES (?, ?) ON CONFLICT (address) DO UPDATE SET at = max(at, excluded.at)",
-            [(str(address), at) for address, at in verified.logins.items()],
+            "INSERT INTO trusts VALUES (?, ?, ?) ON CONFLICT (address, user) DO UPDATE SET at = max(at, excluded.at)",
+            _rows(verified, dict(database.execute("SELECT user, at FROM revoked").fetchall())),
         )
     return _publish_waiting()
+
+
+def _rows(verified, revoked):
+    """Return what a message tells: address, user's key, and when, without the logins that an operator has revoked."""
+    rows = []
+    for address, at in verified.logins.items():
+        whose = verified.users.get(address, {})
+        if at > max(whose.values(), default=0):
+            rows.append((str(address), "", at))
+        rows += [
+            (str(address), user, last)
+            for user, last in whose.items()
+            if not revoked or last > max(revoked.get(one, 0) for one in people.hashes(user, _keys()))
+        ]
+    return rows
 
 
 def _note_host(database, sender):
@@ -189,12 +211,19 @@ def trusts(request):
         return []
     with _database() as database:
         _note_host(database, sender)
-        database.execute("DELETE FROM logins WHERE at < ?", (time.time() - messages.OLDEST_LOGIN,))
-        found = database.execute("SELECT address, at FROM logins ORDER BY at DESC LIMIT ?", (MOST_LOGINS,)).fetchall()
-    return [
-        messages.sign(SENDER, messages.new_nonce(), dict(found[start : start + messages.MOST_LOGINS]), keys[0])
-        for start in range(0, len(found), messages.MOST_LOGINS)
-    ]
+        oldest = (time.time() - messages.OLDEST_LOGIN,)
+        database.execute("DELETE FROM trusts WHERE at < ?", oldest)
+        database.execute("DELETE FROM revoked WHERE at < ?", oldest)
+        found = database.execute(
+            "SELECT address, user, at FROM trusts ORDER BY at DESC LIMIT ?", (MOST_LOGINS,)
+        ).fetchall()
+    signed = []
+    while found:
+        count = messages.fitting((address, user) for address, user, _ in found)
+        logins, users = messages.split({(address, user): at for address, user, at in found[:count]})
+        signed.append(messages.sign(SENDER, messages.new_nonce(), logins, keys[0], users=users))
+        found = found[count:]
+    return signed
 
 
 def open_(period, reason="through Salt"):
@@ -223,7 +252,7 @@ def open_(period, reason="through Salt"):
         # Not SaltInvocationError: it is a TypeError too, with which salt-run's exit status is 0.
         raise CommandExecutionError(str(err)) from None
     log.warning("mailfw: all mail hosts are opened for %s: %s", seconds, why)
-    return _tell_all("mailfw.open", {"period": seconds, "reason": why})
+    return _tell_all("mailfw.open", {"period": seconds, "reason": why}, _opening)
 
 
 def close():
@@ -237,11 +266,63 @@ def close():
         salt-run mailfw.close
     """
     log.warning("mailfw: all mail hosts are closed again")
-    return _tell_all("mailfw.close", {})
+    return _tell_all("mailfw.close", {}, _opening)
 
 
-def _tell_all(function, arguments):
-    """Call a function on all mail hosts, with one job; return who said what, who failed, and who did not answer."""
+def _opening(said):
+    return said.get("open")
+
+
+def revoke(user):
+    """
+    End on all mail hosts what only this user's logins have earned, and the user's open sessions: for a stolen password,
+    once it is changed. Trusts that the user shares with others, and those of operators, stay.
+
+    Returns what each host says, see the function of that name there. Hosts that fail or have problems, and those that
+    do not answer within ten seconds, are named, and salt-run's exit status is 1 then. A host that was down trusts what
+    it trusted when it is back: call this again.
+
+    user
+        The user, as Dovecot logs the name. Upper and lower case are the same.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-run mailfw.revoke alice@example.org
+    """
+    try:
+        user = people.name(user)
+    except ValueError as err:
+        raise CommandExecutionError(f"user {user!r:.80}: {err}") from None
+    keys = people.every_key(user, _keys())
+    _forget_user(keys, time.time())
+    log.warning("mailfw: a user is revoked on all mail hosts: %s", keys[-1])
+    return _tell_all("mailfw.revoke", {"user": user}, _revoked)
+
+
+def _forget_user(keys, now):
+    """Have hosts that catch up hear no more of a user's logins until now, nor of unnamed ones beside them."""
+    each = [(key,) for key in keys]
+    with _database() as database:
+        database.executemany(
+            "DELETE FROM trusts WHERE user = '' AND address IN (SELECT address FROM trusts WHERE user = ?)", each
+        )
+        database.executemany("DELETE FROM trusts WHERE user = ?", each)
+        # Only hashes are kept: they mean the names, too.
+        hashes = [(key, now) for key in keys if ":" not in key]
+        database.executemany("INSERT OR REPLACE INTO revoked VALUES (?, ?)", hashes)
+
+
+def _revoked(said):
+    return said if "revoked" in said and "problems" not in said else None
+
+
+def _tell_all(function, arguments, done_by):
+    """Call a function on all mail hosts, with one job; return who said what, who failed, and who did not answer.
+
+    ``done_by`` returns what is to be reported of a host's answer, a mapping, or None when it means a failure.
+    """
     hosts = _mail_hosts()
     if not hosts:
         raise CommandExecutionError("mailfw: this master knows no mail host: none has signed anything for seven days")
@@ -251,12 +332,13 @@ def _tell_all(function, arguments):
             hosts, function, kwarg=arguments, tgt_type="list", timeout=max(PATIENCE, __opts__["timeout"])
         )
     done, failed = {}, {}
-    for host, answer in answers.items():
-        said = answer["ret"]
-        if isinstance(said, dict) and "open" in said:
-            done[host] = said["open"]
-        else:
+    for host, returned in answers.items():
+        said = returned["ret"]
+        answer = done_by(said) if isinstance(said, dict) else None
+        if answer is None:
             failed[host] = said
+        else:
+            done[host] = answer
     silent = sorted(set(hosts) - answers.keys())
     # Salt makes retcode the exit status.
     return {"hosts": done, "failed": failed, "no answer": silent, "retcode": int(bool(failed or silent))}

@@ -6,17 +6,7 @@ thread of its own.
 
 Requests are packets of fields with NUL between them; replies are ``ok`` or ``error`` and a text:
 
-==================================  ===========  =====================================================
-request                             who may      what it does
-==================================  ===========  =====================================================
-``login`` address user              Dovecot      trusts the address for the period, and announces it
-``receive`` message                 root         trusts the addresses that a signed message announces
-``remember`` addresses ports until  root         never shortens a trust that an operator has given
-``forget`` addresses                root         takes addresses for ones that never logged in
-``again`` since                     root         trusts again who has logged in since then (Unix time)
-``status``                          root         reports as JSON
-==================================  ===========  =====================================================
-"""
+==================================  ===========  =============================================="""
 
 from __future__ import annotations
 
@@ -32,15 +22,17 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, Callable
 
-from mailfwlib import __version__, audit, client, elements, messages, netlink, nft, parse, ruleset, sockets
+from mailfwlib import __version__, audit, client, elements, messages, netlink, nft, parse, people, ruleset, sockets
 from mailfwlib.announcer import Announcer
 from mailfwlib.bans import Ban, Bans
 from mailfwlib.journal import DIRECTORY, Journal
 from mailfwlib.keeper import Keeper
 from mailfwlib.parse import Address
+from mailfwlib.people import DAY, People, is_renewed
 from mailfwlib.reports import Reports
 from mailfwlib.settings import FAMILIES, ROLES, Settings, login_ports
 
@@ -55,6 +47,10 @@ MOST_LOGINS = 200_000
 WHOLE_SECONDS = 2.0
 #: A login waits so many seconds for an applier that replaces the sets; the hook waits for 250 ms in all.
 WAIT = 0.15
+#: Addresses that one request revokes.
+MOST_REVOKED = 500
+#: Users of whom it is remembered that an event has told of their roaming.
+MOST_ROAMING = 10_000
 #: The same complaint is logged once in this many seconds.
 QUIET = 60.0
 
@@ -80,7 +76,7 @@ class Agent:
         #: When a trust ends that an operator gave, or that outlasts a login's: a login does not shorten it.
         self._given: dict[tuple[Address, int], float] = {}
         #: When an operator ended a trust: the master still tells of the logins before that.
-        self._ended_journal = Journal(DIRECTORY / "ended", MOST_LOGINS)
+        self._ended_journal = Journal(DIRECTORY / "ended", MOST_LOGINS, parse.address)
         self._ended = {
             key: at for key, at in self._ended_journal.load().items() if at > time.time() - messages.OLDEST_LOGIN
         }
@@ -88,6 +84,9 @@ class Agent:
         self.counts = {"logins": 0, "received": 0, "refused": 0}
         self._reports: Reports | None = None
         self.refresh_settings()
+        self.people = People(lambda: self.settings)
+        #: When an event has told that a user logs in from more addresses than are trusted: user's key -> Unix time.
+        self._roaming: dict[str, float] = {}
         self.announcer = Announcer(lambda: self.settings)
         #: Repairs of the rules that the keeper has made: since when elements may be missing, and what was altered.
         self._repairs: queue.SimpleQueue[tuple[float, list[str]]] = queue.SimpleQueue()
@@ -150,6 +149,8 @@ class Agent:
             for key in map(parse.address, arguments[0].split(",")):
                 self._forget(key)
             return ""
+        if verb == "revoke" and root and len(arguments) == 1:
+            return self._revoke(arguments[0])
         if verb == "again" and root and len(arguments) == 1:
             self._trust_again(float(arguments[0]))
             return ""
@@ -158,7 +159,7 @@ class Agent:
         self._complain(f"request {uid}", f"uid {uid} asked for {verb!r:.40}, which is not for it or not known")
         raise RefusedError(f"{verb!r:.40}: not allowed, or not known")
 
-    def _login(self, address_text: str, _user: str) -> str:
+    def _login(self, address_text: str, user: str) -> str:
         try:
             address = parse.address(address_text)
         except ValueError as err:
@@ -169,14 +170,17 @@ class Agent:
             return (
                 f"{address} is not trusted: {reason or 'no mailfw:trusted network admits it, and the mode is private'}"
             )
-        now = time.time()
-        until = now + self.settings["trusted"]["period"]
-        known = self._earned.get(elements.trusted_key(address, self.settings), 0.0)
-        self._trust(address, ports, until)
+        now, period = time.time(), self.settings["trusted"]["period"]
+        key, who = elements.trusted_key(address, self.settings), self.people.key(user)
+        if who and self._is_too_much(user, who, key, now):
+            return f"{address} is not trusted: mailfw:trusted:per_user: this user has enough addresses for today"
+        known = self.people.last(who, key) if who else self._earned.get(key, 0.0) - period
+        self._trust(address, ports, now + period)
+        self.people.note(who, key, now)
         self.counts["logins"] += 1
-        if until - known >= self.settings["trusted"]["period"] / 10:
-            self.announcer.announce(elements.trusted_key(address, self.settings), now)
-            self._record_trust(address, ports, until, "login")
+        if is_renewed((key, who), known, now, period):
+            self.announcer.announce(key, now, who)
+            self._record_trust(address, ports, now + period, "login")
         return f"{address} is trusted"
 
     def _record_trust(self, address: Address, ports: list[int], until: float, by: str) -> None:
@@ -194,6 +198,25 @@ class Agent:
         audit.record("ban", name, "rate", [ban.role], ban.until)
         found = {"host": settings["host"]["id"], "role": ban.role, "address": name, "until": round(ban.until)}
         self.announcer.tell("mailfw/ban", found)
+
+    def _is_too_much(self, user: str, who: str, key: Address, now: float) -> bool:
+        """Return whether a user comes from one new address too many, and say so."""
+        if any(self.people.last(one, key) for one in self.people.keys(user)):
+            return False
+        count = sum(at > now - DAY for at in self.people.places(user).values())
+        if count < self.settings["trusted"].get("per_user", 50):
+            return False
+        self._complain(
+            f"roaming {who}", f"{key} is not trusted: user {who} has logged in from {count} others within a day"
+        )
+        if now - self._roaming.get(who, 0.0) >= DAY:
+            self._roaming.pop(who, None)
+            self._roaming[who] = now
+            if len(self._roaming) > MOST_ROAMING:
+                del self._roaming[next(iter(self._roaming))]
+            found = {"host": self.settings["host"]["id"], "user": who, "addresses": count}
+            self.announcer.tell("mailfw/roaming", found)
+        return True
 
     def _ports(self, address: Address) -> list[int]:
         """Return the ports that a login opens, and those where it renews what an operator has opened."""
@@ -234,6 +257,7 @@ class Agent:
         self.refresh_settings()
         self._listen_for_reports()
         self._after_repairs()
+        self.people.tidy(time.time())
 
     def _listen_for_reports(self) -> None:
         """Have reports taken on the port of the settings, and on no other."""
@@ -275,13 +299,52 @@ class Agent:
                 self._nft.run(elements.trust(key, left, self.settings, "an operator"))
 
     def _forget(self, key: Address) -> None:
+        self._end(key)
+        for port in [port for address, port in self._given if address == key]:
+            del self._given[key, port]
+
+    def _end(self, key: Address) -> None:
+        """Have what logins have earned for an address until now count no more."""
         self._earned.pop(key, None)
         self._ended[key] = time.time()
         if len(self._ended) > MOST_LOGINS:
             del self._ended[next(iter(self._ended))]
         self._ended_journal.append(key, self._ended[key], lambda: self._ended)
-        for port in [port for address, port in self._given if address == key]:
-            del self._given[key, port]
+
+    def _revoke(self, user: str) -> str:
+        """End what only this user's logins have earned, at the first so many addresses; ``more``: others are left."""
+        try:
+            people.name(user)
+        except ValueError as err:
+            raise RefusedError(f"user: {err}") from err
+        now, places = time.time(), self.people.places(user)
+        some = list(places)[:MOST_REVOKED]
+        given: dict[Address, set[int]] = {}
+        for (key, port), until in self._given.items():
+            if until > now:
+                given.setdefault(key, set()).add(port)
+        found = self._earned_by(user, some, given.keys(), now)
+        ended = [*found["revoked"], *found["given"]]
+        with ruleset.adding(self._patience):
+            for key in ended:
+                ports = [port for port in login_ports(self.settings) if port not in given.get(key, ())]
+                self._nft.run(elements.untrust(key, ports, self.settings))
+                self._end(key)
+        self.people.revoke(user, some, now)
+        answer: dict[str, Any] = {what: list(map(str, keys)) for what, keys in found.items()}
+        return json.dumps({**answer, "more": len(places) > len(some)})
+
+    def _earned_by(
+        self, user: str, places: list[Address], given: Container[Address], now: float
+    ) -> dict[str, list[Address]]:
+        """Return which places only this user's logins have earned, which others' have too, which an operator gave."""
+        found: dict[str, list[Address]] = {"revoked": [], "shared": [], "given": []}
+        since = now - self.settings["trusted"]["period"]
+        others = self.people.others(user, {key: max(since, self._ended.get(key, 0.0)) for key in places})
+        for key in places:
+            if self._earned.get(key, 0.0) > now:
+                found["shared" if key in others else "given" if key in given else "revoked"].append(key)
+        return found
 
     def _receive(self, text: str) -> int:
         """Trust what a signed message announces; return how many addresses that was news for.
@@ -300,7 +363,23 @@ class Agent:
         if message.sender == self.settings["host"]["id"]:
             self.announcer.echoed(message.nonce)
             return 0
-        return sum(self._believe(address, at) for address, at in message.logins.items())
+        return sum(self._hear_of(address, at, message.users.get(address, {})) for address, at in message.logins.items())
+
+    def _hear_of(self, address: Address, at: float, users: dict[str, float]) -> bool:
+        """Believe a login of some users on another host, except those that an operator has revoked; see _believe.
+
+        That host has decided already that these are not too many of one user: they count here for those to come.
+        """
+        admitted = self.people.admitted(users)
+        if len(admitted) < len(users):
+            at = max(admitted.values(), default=0.0)
+        news = self._believe(address, at)
+        key = elements.trusted_key(address, self.settings)
+        if self._earned.get(key, 0.0) > time.time() and self.people.keeps():
+            for who, last in admitted.items():
+                if last > self._ended.get(key, 0.0):
+                    self.people.note(who, key, last)
+        return news
 
     def _believe(self, address: Address, at: float) -> bool:
         """Trust an address that logged in on another host; return whether that was news. The later login counts."""
@@ -331,6 +410,7 @@ class Agent:
             "ports": login_ports(self.settings),
             "keys": [messages.fingerprint(key) for key in self.settings["fleet"]["keys"]],
             **self.counts,
+            "users": len(self.people),
             **self.announcer.status(),
             **self.keeper.status(),
         }

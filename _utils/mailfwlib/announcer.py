@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mailfwlib import messages
-from mailfwlib.journal import DIRECTORY, Journal
+from mailfwlib.journal import DIRECTORY, Journal, Pair, pair, pair_text
 from mailfwlib.parse import Address
 from mailfwlib.settings import Settings
 
@@ -40,18 +40,18 @@ class Announcer:
     def __init__(self, settings: Callable[[], Settings]):
         self._settings = settings
         self._wake = threading.Condition()
-        self._waiting: dict[Address, float] = {}
+        self._waiting: dict[Pair, float] = {}
         self._events: list[dict[str, Any]] = []
-        self._sent: dict[str, tuple[dict[Address, float], float]] = {}
+        self._sent: dict[str, tuple[dict[Pair, float], float]] = {}
         self._wait = FIRST_WAIT
         self._helper: subprocess.Popen[str] | None = None
         self._stopping = False
         self._dropped = 0
         self._last_echo: float | None = None
-        self._journal = Journal(DIRECTORY / "outbox", 2 * MOST_WAITING)
-        for address, at in self._journal.load().items():
+        self._journal = Journal(DIRECTORY / "outbox", 2 * MOST_WAITING, pair, pair_text)
+        for who, at in self._journal.load().items():
             if at > time.time() - messages.OLDEST_LOGIN:
-                self._put(address, at)
+                self._put(who, at)
         self._journal.replace(self._waiting)
         self._thread = threading.Thread(target=self._run, name="announcer", daemon=True)
 
@@ -67,11 +67,11 @@ class Announcer:
         self._thread.join(timeout=2)
         self._end_helper()
 
-    def announce(self, address: Address, at: float) -> None:
-        """Have a login announced. Returns at once."""
+    def announce(self, address: Address, at: float, user: str = "") -> None:
+        """Have a login announced, of the user with this key if that is known. Returns at once."""
         with self._wake:
-            self._put(address, at)
-            self._journal.append(address, at, self._unanswered)
+            self._put((address, user), at)
+            self._journal.append((address, user), at, self._unanswered)
             self._wake.notify()
 
     def tell(self, tag: str, data: dict[str, Any]) -> None:
@@ -93,16 +93,16 @@ class Announcer:
             outbox = len(self._unanswered())
             return {"outbox": outbox, "dropped": self._dropped, "last_echo": self._last_echo}
 
-    def _unanswered(self) -> dict[Address, float]:
+    def _unanswered(self) -> dict[Pair, float]:
         """Return the logins that have had no echo so far."""
-        found: dict[Address, float] = {}
+        found: dict[Pair, float] = {}
         for logins, _ in self._sent.values():
             found.update(logins)
         return {**found, **self._waiting}
 
-    def _put(self, address: Address, at: float) -> None:
-        at = max(at, self._waiting.pop(address, 0.0))
-        self._waiting[address] = at
+    def _put(self, who: Pair, at: float) -> None:
+        at = max(at, self._waiting.pop(who, 0.0))
+        self._waiting[who] = at
         if len(self._waiting) > MOST_WAITING:
             del self._waiting[next(iter(self._waiting))]
             self._dropped += 1
@@ -138,8 +138,8 @@ class Announcer:
         now = time.monotonic()
         late = [nonce for nonce, (_, due) in self._sent.items() if due < now]
         for nonce in late:
-            for address, at in self._sent.pop(nonce)[0].items():
-                self._put(address, at)
+            for who, at in self._sent.pop(nonce)[0].items():
+                self._put(who, at)
         if late:
             self._wait = min(self._wait * 2, LONGEST_WAIT)
 
@@ -149,13 +149,14 @@ class Announcer:
         keys = settings["fleet"]["keys"]
         with self._wake:
             events, self._events = self._events, []
-            logins = {address: self._waiting.pop(address) for address in list(self._waiting)[: messages.MOST_LOGINS]}
+            logins = {who: self._waiting.pop(who) for who in list(self._waiting)[: messages.fitting(self._waiting)]}
             if keys and logins:
                 self._sent[nonce] = (logins, time.monotonic() + self._wait)
         for event in events:
             self._fire(event)
         if keys and logins:
-            text = messages.sign(settings["host"]["id"], nonce, logins, keys[0])
+            last, users = messages.split(logins)
+            text = messages.sign(settings["host"]["id"], nonce, last, keys[0], users=users)
             self._fire({"tag": TAG, "data": {"message": text}})
 
     def _fire(self, event: dict[str, Any]) -> None:

@@ -1,4 +1,6 @@
-"""A few facts of the agent on disk: an address and a time on each line, the last line of an address counts.
+"""A few facts of the agent on disk: a thing and a time on each line, the last line of a thing counts.
+
+A thing is an address, or who has logged in from where. It is written without white space.
 
 A line is appended without waiting for the disk, so that it costs a login some microseconds: it outlives the agent,
 killed or not; a power failure may take the last seconds of it.
@@ -11,27 +13,46 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from mailfwlib import files, parse
 from mailfwlib.parse import Address
 
 DIRECTORY = Path("/var/lib/mailfw")
 
+Thing = TypeVar("Thing")
+#: Who has logged in from where: the trusted address and the user's key, which is empty when no user is known.
+Pair = tuple[Address, str]
+
 log = logging.getLogger("mailfw-agent")
 
 
-class Journal:
-    """A file of addresses and times, for one writer. What cannot be written is logged, and lost with the agent."""
+def pair(text: str) -> Pair:
+    """Return who has logged in from where, from what :func:`pair_text` has written. Raises ValueError."""
+    address, comma, key = text.partition(",")
+    return parse.address(address), parse.user_key(key) if comma else ""
 
-    def __init__(self, path: Path, most: int):
-        """``most``: lines after which the file is written anew, with what is still worth keeping."""
-        self._path, self._most = path, most
+
+def pair_text(who: Pair) -> str:
+    """Return who has logged in from where as a line of a journal has it."""
+    return ",".join(filter(None, (str(who[0]), who[1])))
+
+
+class Journal(Generic[Thing]):
+    """A file of things and times, for one writer. What cannot be written is logged, and lost with the agent."""
+
+    def __init__(self, path: Path, most: int, read: Callable[[str], Thing], text: Callable[[Thing], str] = str):
+        """``most``: lines after which the file is written anew, with what is still worth keeping.
+
+        ``read`` and ``text`` turn a line's text into a thing, or raise ValueError, and a thing into text.
+        """
+        self._path, self._most, self._read, self._text = path, most, read, text
         self._lines = 0
         self._broken = False
 
-    def load(self) -> dict[Address, float]:
-        """Return what was kept: address -> Unix time. Lines that are cut off or make no sense are left out."""
-        found: dict[Address, float] = {}
+    def load(self) -> dict[Thing, float]:
+        """Return what was kept: thing -> Unix time. Lines that are cut off or make no sense are left out."""
+        found: dict[Thing, float] = {}
         try:
             lines = self._path.read_text(encoding="ascii", errors="replace").splitlines()
         except OSError:
@@ -39,14 +60,14 @@ class Journal:
         self._lines = len(lines)
         for line in lines:
             try:
-                address, at = line.split(" ")
+                text, at = line.split(" ")
                 if math.isfinite(float(at)):
-                    found[parse.address(address)] = float(at)
+                    found[self._read(text)] = float(at)
             except ValueError:
                 continue
         return found
 
-    def append(self, address: Address, at: float, all_of_it: Callable[[], dict[Address, float]]) -> None:
+    def append(self, thing: Thing, at: float, all_of_it: Callable[[], dict[Thing, float]]) -> None:
         """Keep a line more; ``all_of_it`` gives what is worth keeping when the file has become too long."""
         self._lines += 1
         if self._lines > self._most:
@@ -56,7 +77,7 @@ class Journal:
             with open(
                 os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w", encoding="ascii"
             ) as file:
-                file.write(_line(address, at))
+                file.write(self._line(thing, at))
             self._broken = False
         except OSError as err:
             self._complain(err)
@@ -66,10 +87,10 @@ class Journal:
         if self._lines:
             self.replace({})
 
-    def replace(self, entries: dict[Address, float]) -> None:
+    def replace(self, entries: dict[Thing, float]) -> None:
         """Keep these and nothing else."""
         try:
-            files.replace(self._path, "".join(_line(address, at) for address, at in entries.items()))
+            files.replace(self._path, "".join(self._line(thing, at) for thing, at in entries.items()))
             self._lines = len(entries)
             self._broken = False
         except OSError as err:
@@ -80,6 +101,5 @@ class Journal:
             log.error("%s: %s; what it should keep is lost if the agent ends now", self._path, err.strerror)
         self._broken = True
 
-
-def _line(address: Address, at: float) -> str:
-    return f"{address} {at:.3f}\n"
+    def _line(self, thing: Thing, at: float) -> str:
+        return f"{self._text(thing)} {at:.3f}\n"

@@ -11,8 +11,9 @@ import hmac
 import json
 import secrets
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from mailfwlib import parse
 from mailfwlib.parse import Address
@@ -25,6 +26,12 @@ MOST_LOGINS = 500
 LONGEST = 65536
 #: A login older than this many seconds is not worth announcing.
 OLDEST_LOGIN = 7 * 86400
+#: Characters of a message that are not about logins: above all the sender, of which JSON may make many more.
+_FRAME = 4096
+
+One = TypeVar("One")
+#: Who has logged in: address -> user's key -> Unix time of the last login. Logins of nobody by name are not in it.
+Users = dict[Address, dict[str, float]]
 
 
 class MessageError(ValueError):
@@ -33,11 +40,12 @@ class MessageError(ValueError):
 
 @dataclass(frozen=True)
 class Message:
-    """A message that is signed and fresh: who sent it, its nonce, and address -> Unix time of the logins."""
+    """A message that is signed and fresh: who sent it, its nonce, address -> Unix time of the logins, and whose."""
 
     sender: str
     nonce: str
     logins: dict[Address, float]
+    users: Users = field(default_factory=dict)
 
 
 def new_nonce() -> str:
@@ -45,15 +53,47 @@ def new_nonce() -> str:
     return secrets.token_hex(16)
 
 
-def sign(sender: str, nonce: str, logins: dict[Address, float], key: str, now: float | None = None) -> str:
-    """Return a signed message from the minion ``sender`` that announces logins: address -> Unix time."""
-    content = {
+def fitting(pairs: Iterable[tuple[Any, str]]) -> int:
+    """Return how many logins, address and user's key (or an empty string) each, the first of these fit in a message."""
+    count, room = 0, LONGEST - _FRAME
+    for address, user in pairs:
+        # Each in quotes, with its time and what stands between them, once among the logins and once among the users.
+        room -= len(str(address)) + 24 + (len(str(address)) + len(user) + 32 if user else 0)
+        if room < 0 or count == MOST_LOGINS:
+            break
+        count += 1
+    return count
+
+
+def split(logins: dict[tuple[Address, str], float]) -> tuple[dict[Address, float], Users]:
+    """Return logins, (address, user's key) -> Unix time, as a message has them: those of all, and those by name."""
+    last: dict[Address, float] = {}
+    users: Users = {}
+    for (address, user), at in logins.items():
+        last[address] = max(at, last.get(address, at))
+        if user:
+            users.setdefault(address, {})[user] = at
+    return last, users
+
+
+def sign(
+    sender: str,
+    nonce: str,
+    logins: dict[Address, float],
+    key: str,
+    now: float | None = None,
+    users: Users | None = None,
+) -> str:
+    """Return a signed message from the minion ``sender`` that announces logins: address -> Unix time, and whose."""
+    content: dict[str, Any] = {
         "version": VERSION,
         "sender": sender,
         "sent": time.time() if now is None else now,
         "nonce": nonce,
         "logins": {str(address): at for address, at in logins.items()},
     }
+    if users:
+        content["users"] = {str(address): whose for address, whose in users.items()}
     text = json.dumps(content, separators=(",", ":"))
     return f"{_signature(text, key)} {text}"
 
@@ -90,15 +130,33 @@ def _content(content: Any, now: float) -> Message:
         raise MessageError(
             f"sent {abs(now - sent):.0f} s {'ago' if now > sent else 'ahead'}: stale, or a clock is wrong"
         )
-    found = {}
-    for address, at in logins.items():
+    found = _logins(logins, _address, sent, now)
+    users: Users = {}
+    for address, whose in content.get("users", {}).items():
+        users[_address(address)] = _logins(whose, parse.user_key, sent, now)
+    # Hosts that know of no users leave them out. Who is named has logged in from an address of the message.
+    if not users.keys() <= found.keys() or sum(map(len, users.values())) > MOST_LOGINS:
+        raise MessageError("malformed")
+    if any(max(whose.values(), default=0.0) > found[address] for address, whose in users.items()):
+        raise MessageError("malformed")
+    return Message(sender, nonce, found, users)
+
+
+def _logins(logins: Any, parse_one: Callable[[Any], One], sent: float, now: float) -> dict[One, float]:
+    """Check logins of addresses or of users: that each is one, and its time one that a message may tell."""
+    found: dict[One, float] = {}
+    for text, at in logins.items():
         if not sent - OLDEST_LOGIN <= at <= sent + FRESH:
             raise MessageError("malformed")
-        try:
-            found[parse.address(address)] = min(float(at), now)
-        except ValueError as err:
-            raise MessageError(f"address {address!r:.60}: {err}") from err
-    return Message(sender, nonce, found)
+        found[parse_one(text)] = min(float(at), now)
+    return found
+
+
+def _address(text: Any) -> Address:
+    try:
+        return parse.address(text)
+    except ValueError as err:
+        raise MessageError(f"address {text!r:.60}: {err}") from err
 
 
 def _signature(signed: str, key: str) -> str:

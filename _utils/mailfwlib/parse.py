@@ -21,6 +21,8 @@ RATE_UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
 LONGEST = 366 * 86400
 
 DURATION_FORM = "a duration such as 90m, 5h, 1d, 1d12h or a number of seconds, from 1s to 366d"
+#: A user's key: a keyed hash, or the name in plain, which cannot be taken for a hash. See mailfwlib.people.
+USER_KEY = re.compile(r"[0-9a-f]{16}|user:[A-Za-z0-9@.~%_+-]{1,100}")
 RATE_FORM = "a rate such as 10/minute: a count from 1 to 100000 and a unit"
 
 
@@ -84,6 +86,13 @@ def address(value: Any) -> Address:
         raise ValueError(form) from err
     mapped = getattr(parsed, "ipv4_mapped", None)
     return mapped or parsed
+
+
+def user_key(value: Any) -> str:
+    """Return a user's key, or raise ValueError for what is none."""
+    if not isinstance(value, str) or not USER_KEY.fullmatch(value):
+        raise ValueError("expected a user's key: 16 hexadecimal digits, or user:NAME")
+    return value
 
 
 def network(value: Any) -> Network:

@@ -190,6 +190,11 @@ def _two_bits(value: Any) -> int:
     return value
 
 
+def _users(value: Any) -> str:
+    """YAML reads a bare ``off`` as false."""
+    return "off" if value is False else _choice("hash", "plain", "off")(value)
+
+
 class _NestedError(ValueError):
     """Problems inside a value: (the rest of the path, the value, the sentence) for each."""
 
@@ -252,6 +257,8 @@ SCHEMA: dict[str, Any] = {
             [],
             "addresses that a login must not trust: proxies, webmail",
         ),
+        "users": Option(_users, "hash", "how the agent keeps who has logged in: hash, plain or off"),
+        "per_user": Option(_whole(1, 10_000), 50, "addresses of one user that logins make trusted within a day"),
     },
     "exempt": _network_lists("that are never counted, and for which nothing opens"),
     "blocked": _network_lists("that are refused on every login port"),

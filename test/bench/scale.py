@@ -73,7 +73,8 @@ ended, waits = threading.Event(), []
 threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
 while not ended.wait(random.expovariate(float(sys.argv[1]))):
     began = time.monotonic()
-    client.ask("login", f"198.51.100.{random.randrange(1, 255)}", "alice@example.org", timeout=600)
+    number = random.randrange(1, 255)
+    client.ask("login", f"198.51.100.{number}", f"user{number}@example.org", timeout=600)
     waits.append(time.monotonic() - began)
 print(json.dumps(waits))
 """

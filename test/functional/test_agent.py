@@ -502,7 +502,7 @@ def test_agent_learns_from_the_kernel_at_start(agent: Agent, loaded: Firewall, f
     loaded.trust(ADDRESS[family], DAY, [993])
     agent.restart()
     assert agent.ask("receive", signed({ADDRESS[family]: time.time() - 60})) == "0"
-    agent.login(ADDRESS[family])
+    agent.login(ADDRESS[family], "")
     found = trusted(loaded, family)
     assert found[f"{ELEMENT[family]} . 587"] > 30 * DAY - 10
     assert agent.status()["outbox"] == 0, "a login that was trusted already is no news for the fleet"
@@ -526,7 +526,7 @@ def test_no_login_is_lost_while_the_agent_stops(agent: Agent, host: Host, loaded
     while not stopping.done():
         count += 1
         with agent.connect() as connection:
-            connection.send(f"login\x0010.1.{count >> 8}.{count & 255}\0alice".encode())
+            connection.send(f"login\x0010.1.{count >> 8}.{count & 255}\0user{count}".encode())
         time.sleep(0.01)
     agent.start()
     assert count > 5
@@ -615,7 +615,7 @@ def test_many_logins_at_once_are_all_answered(agent: Agent, loaded: Firewall) ->
         for _ in range(600):
             connections.append(agent.connect())
         for number, connection in enumerate(connections):
-            connection.send(f"login\x0010.1.{number >> 8}.{number & 255}\0alice".encode())
+            connection.send(f"login\x0010.1.{number >> 8}.{number & 255}\0user{number}".encode())
         answers = [connection.recv(1000) for connection in connections]
     finally:
         for connection in connections:
@@ -663,7 +663,7 @@ def test_login_that_is_no_news_is_not_announced(agent: Agent) -> None:
 
 def test_login_of_another_host_is_not_announced(agent: Agent) -> None:
     agent.ask("receive", signed({"203.0.113.1": time.time()}))
-    agent.login("203.0.113.1")
+    agent.login("203.0.113.1", "")
     agent.login("203.0.113.2")
     found = until(lambda: announced(agent), "announced")
     assert [str(source) for message in found for source in message.logins] == ["203.0.113.2"]

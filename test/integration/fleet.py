@@ -99,14 +99,15 @@ class Agent:
         """Ask the agent as root; return its answer."""
         return client.ask(verb, *arguments, path=str(self._host.path(SOCKET)))
 
-    def login(self, address: str) -> None:
-        """Report a login as the hook does, and insist on its acknowledgement."""
+    def login(self, address: str, user: str | None = None) -> str:
+        """Report a login as the hook does, by default of a user who logs in from nowhere else; return what is said."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
             connection.settimeout(10)
             connection.connect(str(self._host.path(SOCKET)))
-            connection.send(b"login\0" + address.encode() + b"\0alice")
+            connection.send(f"login\0{address}\0{address if user is None else user}".encode())
             reply = connection.recv(4096)
         assert reply.startswith(b"ok\0"), reply
+        return reply.decode().partition("\0")[2]
 
     def status(self) -> dict[str, Any]:
         """Return what the agent says of itself."""

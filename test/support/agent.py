@@ -40,7 +40,7 @@ class Agent:
         self._log = directory / "agent.log"
         self._events = directory / "events"
         self.configure(pillar)
-        for kept in ("outbox", "ended"):  # of another test's agent
+        for kept in ("outbox", "ended", "users", "revoked"):  # of another test's agent
             host.call((journal.DIRECTORY / kept).unlink, missing_ok=True)
         self._listener: socket.socket = host.call(self._listen)
         self.start()
@@ -133,9 +133,9 @@ class Agent:
         self._host.call(connection.connect, client.SOCKET)
         return connection
 
-    def login(self, source: str, user: str = "alice@example.org") -> str:
-        """Report a login."""
-        return self.ask("login", source, user)
+    def login(self, source: str, user: str | None = None) -> str:
+        """Report a login, by default of a user who logs in from nowhere else."""
+        return self.ask("login", source, f"{source}@example.org" if user is None else user)
 
     def status(self) -> dict[str, Any]:
         """Return the agent's status."""
@@ -157,6 +157,9 @@ class Agent:
 
 
 def signed(logins: dict[str, float], sender: str = "mx2.example", key: str = KEY, **options: Any) -> str:
-    """Return the message of a mail host that announces logins: address -> Unix time."""
+    """Return the message of a mail host that announces logins: address -> Unix time.
+
+    With ``users``, address -> user's key -> Unix time, it says whose they were.
+    """
     found = {address(text): at for text, at in logins.items()}
     return messages.sign(sender, options.pop("nonce", messages.new_nonce()), found, key, **options)

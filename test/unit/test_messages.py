@@ -63,6 +63,70 @@ def test_fullest_message_fits():
     assert len(f"receive\0{text}") < client.LONGEST
 
 
+ALICE, BOB = "a1" * 8, "user:bob@example.org"
+USERS = {IPV4: {ALICE: NOW - 1, BOB: NOW - 60}}
+user_keys = st.from_regex(parse.USER_KEY, fullmatch=True)
+
+
+def test_users_come_back_as_they_were():
+    text = messages.sign("mx1", "n1", LOGINS, KEY, NOW, users=USERS)
+    assert messages.verify(text, [KEY], NOW) == messages.Message("mx1", "n1", LOGINS, USERS)
+
+
+def test_a_message_without_users_is_as_it_always_was():
+    assert messages.sign("mx1", "n1", LOGINS, KEY, NOW, users={}) == GOOD
+
+
+@given(st.dictionaries(st.tuples(arbitrary.addresses, st.just("") | user_keys), times, max_size=20))
+def test_any_logins_of_users_come_back_as_they_were(logins):
+    last, users = messages.split(logins)
+    found = messages.verify(messages.sign("mx1", "n1", last, KEY, NOW, users=users), [KEY], NOW)
+    assert (found.logins, found.users) == (last, users)
+    assert {(address, key) for address, whose in found.users.items() for key in whose} == {
+        pair for pair in logins if pair[1]
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "least"), [("", 500), (ALICE, 400), ("user:" + "u" * 100, 250)], ids=["nobody", "hash", "plain"]
+)
+@pytest.mark.parametrize("sender", ["m" * 255, "\U0001f4e7" * 255], ids=["ASCII", "longest"])
+def test_as_many_logins_as_are_said_to_fit_do(key, least, sender):
+    pairs = [(parse.address(f"2001:db8:ffff:ffff:ffff:ffff:ffff:{n:x}"), key) for n in range(4096, 5096)]
+    count = messages.fitting(pairs)
+    assert least <= count <= messages.MOST_LOGINS
+    last, users = messages.split({pair: NOW - 1 / (n + 7) for n, pair in enumerate(pairs[:count])})
+    assert (
+        len(messages.verify(messages.sign(sender, "n" * 32, last, KEY, NOW, users=users), [KEY], NOW).logins) == count
+    )
+
+
+@pytest.mark.parametrize(
+    "users",
+    [
+        *(None, [], "", 1, True, [ALICE], {"192.0.2.1": None}, {"192.0.2.1": []}, {"192.0.2.1": ALICE}),
+        *({"192.0.2.1": {key: NOW}} for key in ("", "alice", "A1" * 8, "a1" * 9, ALICE + "\n", "user:", "user:a b")),
+        *({"192.0.2.1": {key: NOW}} for key in ("user:a,b", "user:\u00e9", "user:" + "u" * 101, "user:a;b")),
+        *({"192.0.2.1": {ALICE: at}} for at in (None, "", str(NOW), {}, float("nan"), float("inf"), 0, -1, NOW + 200)),
+        {"192.0.2.1": {ALICE: NOW - messages.OLDEST_LOGIN - 1}},
+        {"192.0.2.2": {ALICE: NOW}},
+        {"192.0.2.1": {f"{n:016x}": NOW for n in range(messages.MOST_LOGINS + 1)}},
+    ],
+    ids=lambda users: repr(users)[:40],
+)
+def test_users_that_make_no_sense_are_refused(users):
+    assert messages.verify(signed(content(users={"192.0.2.1": {ALICE: NOW}})), [KEY], NOW).users
+    refused(signed(content(users=users)), "^malformed$")
+
+
+def test_a_user_cannot_have_logged_in_later_than_anybody():
+    refused(signed(content(logins={"192.0.2.1": NOW - 60}, users={"192.0.2.1": {ALICE: NOW}})), "^malformed$")
+
+
+def test_an_address_of_users_is_one():
+    refused(signed(content(users={"localhost": {ALICE: NOW}})), "^address 'localhost': expected")
+
+
 @given(st.integers(0, len(GOOD) - 1), st.sampled_from(string.printable) | st.characters())
 def test_altered_character_is_refused(place, character):
     altered = GOOD[:place] + character + GOOD[place + 1 :]

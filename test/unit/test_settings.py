@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,6 +53,8 @@ def test_defaults_are_those_of_the_specification(pillar):
         "networks_ipv6": [],
         "never": [],
         "private": False,
+        "users": "hash",
+        "per_user": 50,
     }
     assert found["exempt"] == found["blocked"] == {"networks_ipv4": [], "networks_ipv6": []}
     assert found["reaction"] == {"banned": "drop", "blocked": "drop", "untrusted": "hold"}
@@ -217,6 +220,10 @@ WRONG = [
     ({"blocked": {"networks_ipv4": "192.0.2.1"}}, "mailfw:blocked:networks_ipv4: '192.0.2.1': expected a list of IPv4"),
     ({"trusted": {"never": ["proxy"]}}, "mailfw:trusted:never[0]: 'proxy': expected a network such as"),
     ({"trusted": {"private": "yes"}}, "mailfw:trusted:private: 'yes': expected true or false"),
+    ({"trusted": {"users": "on"}}, "mailfw:trusted:users: 'on': expected one of hash, plain, off"),
+    ({"trusted": {"users": True}}, "mailfw:trusted:users: True: expected one of hash, plain, off"),
+    ({"trusted": {"per_user": 0}}, "mailfw:trusted:per_user: 0: expected a whole number from 1 to 10000"),
+    ({"trusted": {"per_user": False}}, "mailfw:trusted:per_user: False: expected a whole number from 1 to 10000"),
     ({"trusted": {"never": None}}, "mailfw:trusted:never: None: expected a list of addresses or networks"),
     ({"reaction": {"banned": "hold"}}, "mailfw:reaction:banned: 'hold': expected one of drop, reject"),
     ({"reaction": {"blocked": True}}, "mailfw:reaction:blocked: True: expected one of drop, reject"),
@@ -624,3 +631,8 @@ def test_pillars_of_the_right_form_are_refused_for_conflicts_only(pillar):
     )
     for problem in said:
         assert any(words in problem for words in conflicts)
+
+
+@pytest.mark.parametrize("text", ["off", "'off'"])
+def test_users_may_be_off_as_yaml_reads_it(text):
+    assert settings.resolve(yaml.safe_load(f"trusted: {{users: {text}}}"))["trusted"]["users"] == "off"

@@ -1,0 +1,59 @@
+"""Ending a user's open sessions with Dovecot, through its ``doveadm``."""
+
+from __future__ import annotations
+
+import ipaddress
+import shutil
+import socket
+import subprocess
+
+#: Seconds that doveadm may take for each of its two answers.
+TIMEOUT = 20
+#: doveadm's exit status when there was nobody to kick: EX_NOHOST of sysexits.h, DOVEADM_EX_NOTFOUND.
+_NOBODY = 68
+
+
+class KickError(RuntimeError):
+    """The sessions may still be open; the message says why."""
+
+
+def end_sessions(user: str) -> int:
+    """End a user's sessions, whatever their protocol; return how many there were, 0 on a host without doveadm.
+
+    doveadm takes no notice of upper and lower case. Raises KickError.
+    """
+    tool = shutil.which("doveadm")
+    if tool is None:
+        return 0
+    if _is_an_address(user):
+        raise KickError("doveadm takes this name for an address: end its sessions by hand, see 'doveadm who'")
+    count = len(_run(tool, "-f", "tab", "who", "-1", "--", user).splitlines()[1:])
+    if count:
+        _run(tool, "kick", "--", user)
+    return count
+
+
+def _is_an_address(user: str) -> bool:
+    """Return whether a name is one that doveadm would read as an address or a network, as inet_aton(3) does."""
+    text = user.partition("/")[0]
+    try:
+        socket.inet_aton(text)
+    except OSError:
+        try:
+            ipaddress.IPv6Address(text)
+        except ValueError:
+            return False
+    return True
+
+
+def _run(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired as err:
+        raise KickError(f"doveadm gave no answer in {TIMEOUT} s") from err
+    except OSError as err:
+        raise KickError(f"doveadm: {err.strerror}") from err
+    if done.returncode not in (0, _NOBODY):
+        reason = done.stderr.strip().rpartition("\n")[2]
+        raise KickError(f"doveadm: {reason or f'exit status {done.returncode}'}")
+    return done.stdout

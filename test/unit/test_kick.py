@@ -1,0 +1,72 @@
+"""What doveadm is asked, with a script in its place; test/system has the real one."""
+
+import pytest
+
+from mailfwlib import kick
+
+NOBODY = "exit 68"
+
+
+@pytest.fixture
+def doveadm(tmp_path, monkeypatch):
+    """Put a script in doveadm's place, and return the requests that it has had."""
+    asked = tmp_path / "asked"
+
+    def install(who, kicked=""):
+        script = tmp_path / "doveadm"
+        script.write_text(
+            f'#!/bin/sh\nprintf "%s|" "$@" >>{asked}; echo >>{asked}\n[ "$1" = kick ] || {{ {who}; }}\n{kicked}\n'
+        )
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        return asked
+
+    return install
+
+
+TWO = r"printf 'username\tproto\tpid\tip\nalice\timap\t7\t192.0.2.1\nalice\timap\t8\t192.0.2.1\n'"
+
+
+@pytest.mark.parametrize("user", ["alice", "-f", "--help", "a b", "$(id)", "a'b", "@10.0.0.1"])
+def test_sessions_are_counted_and_ended(doveadm, user):
+    asked = doveadm(TWO)
+    assert kick.end_sessions(user) == 2
+    assert asked.read_text() == f"-f|tab|who|-1|--|{user}|\nkick|--|{user}|\n"
+
+
+@pytest.mark.parametrize("who", [NOBODY, r"printf 'username\tproto\tpid\tip\n'", "true"])
+def test_nobody_is_kicked_who_is_not_there(doveadm, who):
+    asked = doveadm(who)
+    assert kick.end_sessions("alice") == 0
+    assert "kick" not in asked.read_text()
+
+
+def test_sessions_that_end_by_themselves_are_no_error(doveadm):
+    doveadm(TWO, NOBODY)
+    assert kick.end_sessions("alice") == 2
+
+
+def test_a_host_without_doveadm_has_no_sessions(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert kick.end_sessions("alice") == 0
+
+
+@pytest.mark.parametrize("user", ["10", "1001", "192.0.2.1", "192.0.2.0/24", "2001:db8::1", "::/0", "0x7f000001"])
+def test_a_name_that_doveadm_takes_for_an_address_is_not_given_to_it(doveadm, user):
+    asked = doveadm(TWO)
+    with pytest.raises(kick.KickError, match="takes this name for an address"):
+        kick.end_sessions(user)
+    assert not asked.exists()
+
+
+def test_what_doveadm_says_is_the_error(doveadm):
+    doveadm("echo 'Fatal: connect(anvil) failed' >&2; exit 75")
+    with pytest.raises(kick.KickError, match=r"^doveadm: Fatal: connect\(anvil\) failed$"):
+        kick.end_sessions("alice")
+
+
+def test_a_doveadm_that_hangs_is_not_waited_for(doveadm, monkeypatch):
+    monkeypatch.setattr(kick, "TIMEOUT", 0.2)
+    doveadm("exec sleep 30")
+    with pytest.raises(kick.KickError, match=r"no answer in 0\.2 s"):
+        kick.end_sessions("alice")
