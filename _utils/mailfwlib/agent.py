@@ -178,7 +178,7 @@ class Agent:
         self._trust(address, ports, now + period)
         self.people.note(who, key, now)
         self.counts["logins"] += 1
-        if is_renewed((key, who), known, now, period):
+        if known <= self._ended.get(key, 0.0) or is_renewed((key, who), known, now, period):
             self.announcer.announce(key, now, who)
             self._record_trust(address, ports, now + period, "login")
         return f"{address} is trusted"

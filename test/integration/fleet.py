@@ -9,6 +9,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
@@ -148,6 +149,17 @@ class MailHost:
         """Return whether all of some addresses are trusted here."""
         return set(addresses) <= self.host.trusted().keys()
 
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Have the minion hear and say nothing for a while."""
+        processes = [line.split(maxsplit=1) for line in self.host.run("ps", "-wweo", "pid=,args=").stdout.splitlines()]
+        minion = [pid for pid, command in processes if str(self.minion.config_dir) in command]
+        self.host.run("kill", "-STOP", *minion)
+        try:
+            yield
+        finally:
+            self.host.run("kill", "-CONT", *minion)
+
 
 class Fleet:
     """The master and its mail hosts."""
@@ -283,6 +295,12 @@ class Fleet:
     def apply(self, target: MailHost, sls: str = "host", **named: Any) -> Applied:
         """Apply states to a mail host through the master."""
         return Applied(self.call(target, "state.apply", sls, **named))
+
+    def forget_hosts(self, which: str) -> None:
+        """Have the master forget mail hosts: tests of other files have signed for some that there are not."""
+        path = Path(self.master.config["cachedir"]) / "mailfw.sqlite"
+        with contextlib.closing(sqlite3.connect(path, timeout=10)) as database, database:
+            database.execute(f"DELETE FROM hosts WHERE {which}")
 
     @contextlib.contextmanager
     def pillar(self, target: MailHost, **mailfw: Any) -> Iterator[None]:

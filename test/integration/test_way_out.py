@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-import sqlite3
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -22,13 +20,6 @@ MARK = "/run/something-foreign-has-run"
 HOSTILE = f'it\'s "a" $(touch {MARK}) `touch {MARK}`; touch {MARK} & \\ %s {{{{ 1 + 1 }}}} {{a: [b]}} # é*'
 
 
-def forget_hosts(fleet: Fleet, which: str) -> None:
-    """Have the master forget mail hosts: tests of other files have signed for some that there are not."""
-    path = Path(fleet.master.config["cachedir"]) / "mailfw.sqlite"
-    with contextlib.closing(sqlite3.connect(path, timeout=10)) as database, database:
-        database.execute(f"DELETE FROM hosts WHERE {which}")
-
-
 def test_a_new_key_is_one_that_mail_hosts_take(fleet: Fleet) -> None:
     found = [fleet.salt_run("mailfw.genkey") for _ in range(2)]
     assert [status for status, _ in found] == [0, 0]
@@ -41,27 +32,15 @@ def test_a_new_key_is_one_that_mail_hosts_take(fleet: Fleet) -> None:
 def _two_closed_hosts(fleet: Fleet) -> Iterator[None]:
     """The master knows mx1 and mx2 only, and both are closed."""
     others = "id NOT IN ('mx1', 'mx2')"
-    forget_hosts(fleet, others)
+    fleet.forget_hosts(others)
     yield
     fleet.call_all(list(fleet.hosts.values()), "mailfw.close")
-    forget_hosts(fleet, others)
+    fleet.forget_hosts(others)
 
 
 def seconds_open(host: MailHost) -> float:
     """Return for how long the kernel still lets everyone in."""
     return sum(element["elem"]["expires"] for element in host.host.elements("break_glass"))
-
-
-@contextlib.contextmanager
-def frozen(host: MailHost) -> Iterator[None]:
-    """Have a mail host's minion hear and say nothing for a while."""
-    processes = [line.split(maxsplit=1) for line in host.host.run("ps", "-wweo", "pid=,args=").stdout.splitlines()]
-    minion = [pid for pid, command in processes if str(host.minion.config_dir) in command]
-    host.host.run("kill", "-STOP", *minion)
-    try:
-        yield
-    finally:
-        host.host.run("kill", "-CONT", *minion)
 
 
 @contextlib.contextmanager
@@ -106,7 +85,7 @@ def test_hosts_that_fail_or_are_gone_are_named(fleet: Fleet, mx1: MailHost, mx2:
 
 
 def test_hosts_that_do_not_answer_are_named_and_open_when_they_can(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
-    with frozen(mx2):
+    with mx2.frozen():
         began = time.monotonic()
         status, said = fleet.salt_run("mailfw.open", "1h", "one sleeps")
         assert time.monotonic() - began < 60
@@ -129,7 +108,7 @@ def test_a_host_without_the_tool_says_what_to_do(fleet: Fleet, mx1: MailHost) ->
 
 
 def test_a_fleet_that_the_master_does_not_know_is_an_error(fleet: Fleet) -> None:
-    forget_hosts(fleet, "true")
+    fleet.forget_hosts("true")
     status, said = fleet.salt_run("mailfw.open", "1h")
     fleet.call_all(list(fleet.hosts.values()), "mailfw.catch_up")
     assert status == 1
