@@ -426,7 +426,7 @@ def untrust(address, services=None, reason="", **kwargs):
     return {"untrusted": name, "ports": had, "sessions_ended": ended}
 
 
-def revoke(user):
+def revoke(user, reason="", **kwargs):
     """
     End on this host what only this user's logins have earned, and the user's open sessions: for a stolen password, once
     it is changed.
@@ -438,6 +438,9 @@ def revoke(user):
     user
         The user, as Dovecot logs the name. Upper and lower case are the same.
 
+    reason
+        Why, for the audit; at most 90 bytes.
+
     CLI Example:
 
     .. code-block:: bash
@@ -448,7 +451,7 @@ def revoke(user):
         user = people.name(user)
     except ValueError as err:
         raise SaltInvocationError(f"user {user!r:.80}: {err}") from err
-    host = _host_settings()
+    host, by, why = _host_settings(), _who(kwargs), _reason(reason)
     found, more = {"revoked": [], "shared": [], "given": []}, True
     while more:
         answer = json.loads(_ask_agent("revoke", user))
@@ -456,7 +459,9 @@ def revoke(user):
         for what, addresses in answer.items():
             found[what] += addresses
     ended, problems = _end_user(user, found["revoked"], host)
-    log.info("mailfw: %s addresses of a user revoked, by an operator; %s sessions ended", len(found["revoked"]), ended)
+    found = {what: [_trusted_text(parse.address(one), host) for one in addresses] for what, addresses in found.items()}
+    for address in found["revoked"]:
+        audit.record("revoke", address, by, why=why)
     return {**found, "sessions_ended": ended, **({"problems": problems} if problems else {})}
 
 

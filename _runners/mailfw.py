@@ -20,7 +20,7 @@ import salt.client
 import salt.utils.files
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
-from mailfwlib import breakglass, messages, people
+from mailfwlib import audit, breakglass, messages, people
 
 log = logging.getLogger(__name__)
 
@@ -273,7 +273,7 @@ def _opening(said):
     return said.get("open")
 
 
-def revoke(user):
+def revoke(user, reason=""):
     """
     End on all mail hosts what only this user's logins have earned, and the user's open sessions: for a stolen password,
     once it is changed. Trusts that the user shares with others, and those of operators, stay.
@@ -285,6 +285,9 @@ def revoke(user):
     user
         The user, as Dovecot logs the name. Upper and lower case are the same.
 
+    reason
+        Why, for the hosts' audit; at most 90 bytes.
+
     CLI Example:
 
     .. code-block:: bash
@@ -295,10 +298,14 @@ def revoke(user):
         user = people.name(user)
     except ValueError as err:
         raise CommandExecutionError(f"user {user!r:.80}: {err}") from None
+    try:
+        reason = audit.reason(reason)
+    except ValueError as err:
+        raise CommandExecutionError(f"reason {reason!r:.80}: {err}") from None
     keys = people.every_key(user, _keys())
     _forget_user(keys, time.time())
     log.warning("mailfw: a user is revoked on all mail hosts: %s", keys[-1])
-    return _tell_all("mailfw.revoke", {"user": user}, _revoked)
+    return _tell_all("mailfw.revoke", {"user": user, "reason": reason}, _revoked)
 
 
 def _forget_user(keys, now):

@@ -6,7 +6,18 @@ thread of its own.
 
 Requests are packets of fields with NUL between them; replies are ``ok`` or ``error`` and a text:
 
-==================================  ===========  =============================================="""
+==================================  ===========  =====================================================
+request                             who may      what it does
+==================================  ===========  =====================================================
+``login`` address user              Dovecot      trusts the address for the period, and announces it
+``receive`` message                 root         trusts the addresses that a signed message announces
+``remember`` addresses ports until  root         never shortens a trust that an operator has given
+``forget`` addresses                root         takes addresses for ones that never logged in
+``revoke`` user                     root         ends what only that user's logins have earned, as JSON
+``again`` since                     root         trusts again who has logged in since then (Unix time)
+``status``                          root         reports as JSON
+==================================  ===========  =====================================================
+"""
 
 from __future__ import annotations
 

@@ -218,9 +218,9 @@ def arrived(address: str, subject: str, source: str | None = None, limit: float 
         client.logout()
 
 
-def hold_session(address: str, source: str | None = None) -> bool:
+def hold_session(address: str, source: str | None = None, user: str = "alice") -> bool:
     """Hold an IMAP session until a line comes on standard input; say whether the session still answers."""
-    client = imap_login(address, source)
+    client = imap_login(address, source, user)
     client.select("INBOX")
     print("ready", flush=True)
     sys.stdin.readline()
