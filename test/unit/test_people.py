@@ -122,7 +122,7 @@ def test_nobody_by_name_is_not_kept(start):
 def test_a_login_is_kept_for_the_period_and_at_least_a_day(start):
     for period, kept in ((3600, {HOME}), (3 * DAY, {HOME, CAFE})):
         known = start(period=period)
-        log_in(known, "alice", HOME, NOW - DAY + 60)
+        log_in(known, "alice", HOME, NOW - DAY / 2)
         log_in(known, "alice", CAFE, NOW - 2 * DAY)
         known.tidy(NOW + people.TIDY + 1 - 100)
         assert start(period=period).places("alice").keys() <= kept
