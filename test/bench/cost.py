@@ -3,20 +3,19 @@
 
 Run it as root: ``test/bench/cost.py`` with the Python of the tests; ``--help`` says what can be chosen.
 
-Each ruleset is loaded in a network namespace of its own. They all live at once, each on a veth pair to one client
-namespace, and are measured in turn, in a new random order in each round, so that a machine that slows down slows
-all. Two kinds of figures (see measures.py):
+Each ruleset is loaded in a network namespace of its own, with a Dovecot and a Postfix of its own. They all live at
+once, each on a veth pair to one client namespace, and are measured in turn, in a new random order in each round, so
+that a machine that slows down slows all. Figures are processor time, see measures.py:
 
-ab
-    nginx without TLS on one core, ApacheBench on the other: connections per second. What users would see at worst:
-    a login takes a thousand times longer than these connections. Wants a quiet machine.
+dovecot_connection, dovecot_login, dovecot_noop, postfix_connection
+    What a connection, a login and an exchange of lines take with a real server, without TLS. With it a connection
+    takes several times as long, and mailfw's part is smaller.
 connection, round_trip, bulk_in, bulk_out
-    client and server in one thread: nanoseconds per connection, per exchange of lines, per full packet. The low
-    quantile of many short batches hardly moves when the machine is busy.
+    The kernel's part of it: of a connection, an exchange of lines, a full packet.
 
 "against minimal" is a ratio of times: above 1 is slower. It is the median of the ratios of all rounds, and in brackets
 their quartiles. ``minimal again`` is the same ruleset once more: how far it is from 1 is the noise of all others.
-``minimal`` accepts established connections and new ones to the port: what any stateful firewall costs.
+``minimal`` accepts established connections and new ones to the ports: what any stateful firewall costs.
 """
 
 from __future__ import annotations
@@ -47,12 +46,13 @@ from bench.wires import OTHER_IPV6, OTHER_NETWORK, TRUSTED_IPV6, TRUSTED_NETWORK
 from mailfwlib import settings  # noqa: E402
 from support.firewall import render  # noqa: E402
 
-SERVER_CORE, CLIENT_CORE = 0, 1
+#: Clients and servers share it: see measures.py.
+CORE = 1
 MINIMAL = """table inet filter {
   chain input {
     type filter hook input priority filter; policy accept;
     ct state established accept
-    tcp dport 993 accept
+    tcp dport { 587, 993 } accept
   }
 }
 """
@@ -125,33 +125,20 @@ def quantile(samples: list[float], at: float) -> float:
     return sorted(samples)[int(at * (len(samples) - 1))]
 
 
-def measure(chosen: list[Arm], names: list[str], options: argparse.Namespace) -> Iterator[tuple[str, Arm, float]]:
-    """Yield one figure for each round, measure and arm: measure, arm, nanoseconds for one operation."""
-    for name in names:
-        if name == "ab":
-            taking_part = [arm for arm in chosen if "1 client" not in arm.name]
-        else:
-            taking_part = chosen
-            for arm in chosen:
-                arm.server.forget_closed()
-        rounds, seconds = (
-            (options.rounds, options.seconds) if name == "ab" else (options.fast_rounds, options.fast_seconds)
-        )
-        for done in range(rounds):
-            print(f"\r{name}: round {done + 1} of {rounds} ", end="", file=sys.stderr, flush=True)
-            figures = {}
-            for arm in random.sample(taking_part, len(taking_part)):
-                if name == "ab":
-                    figures[arm.name] = 1e9 / measures.ab(arm, seconds, CLIENT_CORE)
-                else:
-                    figures[arm.name] = quantile(measures.LOCKSTEP[name](arm, seconds), QUANTILE)
-            yield from ((name, arm, figures[arm.name]) for arm in taking_part)
-        print(file=sys.stderr)
+def measure(chosen: list[Arm], name: str, rounds: int, seconds: float) -> Iterator[tuple[Arm, float]]:
+    """Yield one figure for each round and arm: nanoseconds for one operation."""
+    for done in range(rounds):
+        print(f"\r{name}: round {done + 1} of {rounds} ", end="", file=sys.stderr, flush=True)
+        figures = {
+            arm: quantile(measures.MEASURES[name](arm, seconds), QUANTILE) for arm in random.sample(chosen, len(chosen))
+        }
+        yield from ((arm, figures[arm]) for arm in chosen)
+    print(file=sys.stderr)
 
 
-def base(arm: Arm, name: str) -> str:
-    """Return the name of the arm that an arm is compared with; ab is always one client."""
-    single = " 1 client" if len(arm.sources) == 1 and name != "ab" else ""
+def base(arm: Arm) -> str:
+    """Return the name of the arm that an arm is compared with."""
+    single = " 1 client" if len(arm.sources) == 1 else ""
     return f"minimal{single}{' IPv6' if arm.version == 6 else ''}"
 
 
@@ -161,7 +148,7 @@ def summary(figures: dict[str, dict[Arm, list[float]]]) -> dict[str, dict[str, A
     for name, of_arm in figures.items():
         by_name = {arm.name: rounds for arm, rounds in of_arm.items()}
         for arm, rounds in of_arm.items():
-            minimal = by_name[base(arm, name)]
+            minimal = by_name[base(arm)]
             ratios = [mine / other for mine, other in zip(rounds, minimal)]
             low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
             median = statistics.median(rounds)
@@ -213,13 +200,9 @@ def background(seconds: float) -> float:
 def options() -> argparse.Namespace:
     """Return what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of ab (15)")
-    parser.add_argument("--seconds", type=float, default=2, help="of ab for each arm in each round (2)")
-    parser.add_argument("--fast-rounds", type=int, default=100, help="rounds of the other measures (100)")
-    parser.add_argument("--fast-seconds", type=float, default=0.03, help="of theirs for each arm in each round (0.03)")
-    parser.add_argument(
-        "--measure", action="append", choices=["ab", *measures.LOCKSTEP], help="only this one; repeatable"
-    )
+    parser.add_argument("--rounds", type=int, default=60, help="of each measure (60)")
+    parser.add_argument("--seconds", type=float, default=0.05, help="for each arm in each round (0.05)")
+    parser.add_argument("--measure", action="append", choices=measures.MEASURES, help="only this one; repeatable")
     parser.add_argument(
         "--rulesets", default="", help="only minimal and those with one of these in their names: none,1M"
     )
@@ -249,10 +232,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     scripts = chosen_scripts(asked)
     gc.disable()
-    os.sched_setaffinity(0, {CLIENT_CORE})
+    os.sched_setaffinity(0, {CORE})
     figures: dict[str, dict[Arm, list[float]]] = defaultdict(lambda: defaultdict(list))
     with tempfile.TemporaryDirectory() as directory:
-        wires = Wires(list(scripts), Path(directory), SERVER_CORE)
+        Path(directory).chmod(0o755)  # for the users of the mail servers
+        wires = Wires(list(scripts), Path(directory), CORE)
         try:
             found: dict[str, Any] = {"background_before": background(5)}
             for name, script in scripts.items():
@@ -260,8 +244,9 @@ def main() -> None:
             time.sleep(2)
             found["background_with_elements"] = background(5)
             chosen = [a for a in arms(wires, scripts) if a.name.startswith("minimal") or re.search(asked.arms, a.name)]
-            for name, arm, figure in measure(chosen, asked.measure or ["ab", *measures.LOCKSTEP], asked):
-                figures[name][arm].append(figure)
+            for name in asked.measure or measures.MEASURES:
+                for arm, figure in measure(chosen, name, asked.rounds, asked.seconds):
+                    figures[name][arm].append(figure)
         finally:
             wires.close()
     found["measures"] = summary(figures)

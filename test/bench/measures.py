@@ -1,26 +1,29 @@
 """What is measured of an arm: one function for each figure, which returns samples.
 
-``ab`` is the real thing: nginx on one core, ApacheBench on the other, connections per second of wall clock.
+A figure is the processor time that one operation takes anywhere: in the kernel, the server and the client, which share
+one core and take turns. It is what those processes have run, by the kernel's account, not what a clock says: that is
+the least noisy, for it leaves out whatever else the machine does and how long cores take to wake each other up, and
+nothing that the rules do is lost on the client's core. Samples are batches of some milliseconds; a low quantile of
+many batches leaves out those whose caches were disturbed.
 
-The others run client and server alternately in this one thread, so that the kernel does all work for a packet on this
-core before a system call returns. They give nanoseconds for one operation, in batches of some milliseconds: what other
-processes disturb is a slow batch, and a low quantile of many batches leaves it out.
+``dovecot_...`` and ``postfix_...`` talk to real servers. For the others this thread is client and server alternately:
+nothing but the kernel's work is left.
 """
 
 from __future__ import annotations
 
 import contextlib
 import random
-import re
 import socket
-import subprocess
 import time
 from dataclasses import dataclass
 from typing import Any, Callable
 
+from bench.servers import IMAP_PORT, PASSWORD, SUBMISSION_PORT, USER
 from bench.wires import PORT, Server
 
-CONNECTIONS, ROUND_TRIPS, BULK = 5, 50, 256 * 1024
+CONNECTIONS, ROUND_TRIPS, BULK = 10, 50, 256 * 1024
+LOGIN, LOGOUT = f"a LOGIN {USER} {PASSWORD}\r\n".encode(), b"b LOGOUT\r\n"
 #: Not in every Python's socket module; <linux/in.h>.
 IP_BIND_ADDRESS_NO_PORT = 24
 
@@ -39,46 +42,97 @@ class Arm:
         return 6 if ":" in self.sources[0] else 4
 
 
-def ab(arm: Arm, seconds: float, core: int) -> float:
-    """Return the connections per second of one run of ApacheBench."""
-    command = (
-        f"setpriv --pdeathsig KILL taskset -c {core} ab -q -t {seconds:.0f} -n 100000000 -c 16 -B {arm.sources[0]}"
-    )
-    done = subprocess.run(
-        [*command.split(), arm.server.nginx[arm.version]],
-        capture_output=True,
-        text=True,
-        timeout=seconds + 60,
-        check=False,
-    )
-    found = re.search(r"^Requests per second: +([\d.]+)", done.stdout, re.M)
-    if not found or not re.search(r"^Failed requests: +0$", done.stdout, re.M) or "Non-2xx" in done.stdout:
-        raise RuntimeError(f"ab, {arm.name}: {done.stdout} {done.stderr}")
-    return float(found[1])
-
-
-def _connect(arm: Arm, source: str) -> tuple[socket.socket, socket.socket]:
+def _client(arm: Arm, source: str, address: str, port: int) -> socket.socket:
     client = socket.socket(socket.AF_INET6 if arm.version == 6 else socket.AF_INET)
     client.settimeout(5)
     client.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     client.bind((source, 0))
-    client.connect((arm.server.address[arm.version], PORT))
+    client.connect((address, port))
+    return client
+
+
+def _connect(arm: Arm, source: str) -> tuple[socket.socket, socket.socket]:
+    client = _client(arm, source, arm.server.address[arm.version], PORT)
     served, _ = arm.server.listeners[arm.version].accept()
-    for end in (client, served):
-        end.settimeout(None)
-        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    served.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    client.settimeout(None)
     return client, served
 
 
-def _timed(operation: Callable[[], Any], operations: int, seconds: float) -> list[float]:
-    """Return the nanoseconds for one operation, of each batch that fits into some seconds."""
+def _none() -> dict[int, int]:
+    return {}
+
+
+def _timed(
+    operation: Callable[[], Any], operations: int, seconds: float, servers: Callable[[], dict[int, int]] = _none
+) -> list[float]:
+    """Return the nanoseconds for one operation, of each batch that fits into some seconds.
+
+    The servers' time is given by process; a batch during which one has started or ended is left out.
+    """
     samples = []
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter_ns()
+    while not samples or time.perf_counter() < end:
+        before, start = servers(), time.thread_time_ns()
         operation()
-        samples.append((time.perf_counter_ns() - start) / operations)
+        own, after = time.thread_time_ns() - start, servers()
+        if before.keys() == after.keys():
+            samples.append((own + sum(after.values()) - sum(before.values())) / operations)
     return samples
+
+
+def _hear(client: socket.socket, expected: bytes) -> None:
+    heard = client.recv(4096)
+    if not heard.startswith(expected):
+        raise RuntimeError(f"the server said {heard!r} instead of {expected!r}")
+
+
+def _sessions(arm: Arm, seconds: float, port: int, banner: bytes, lines: dict[bytes, bytes]) -> list[float]:
+    """Connect, say lines and hear the answers until the server closes: each from another source of the arm."""
+
+    def batch() -> None:
+        for source in random.choices(arm.sources, k=CONNECTIONS):
+            with _client(arm, source, arm.server.mail[arm.version], port) as client:
+                _hear(client, banner)
+                for line, answer in lines.items():
+                    client.send(line)
+                    _hear(client, answer)
+                while client.recv(4096):
+                    pass
+
+    return _timed(batch, CONNECTIONS, seconds, arm.server.processor_time)
+
+
+def dovecot_connection(arm: Arm, seconds: float) -> list[float]:
+    """Connect to Dovecot, hear the banner, log out."""
+    return _sessions(arm, seconds, IMAP_PORT, b"* OK", {LOGOUT: b"* BYE"})
+
+
+def dovecot_login(arm: Arm, seconds: float) -> list[float]:
+    """Connect to Dovecot, log in, log out."""
+    return _sessions(arm, seconds, IMAP_PORT, b"* OK", {LOGIN: b"a OK", LOGOUT: b"* BYE"})
+
+
+def dovecot_noop(arm: Arm, seconds: float) -> list[float]:
+    """Say NOOP to Dovecot and hear OK in one session: one packet each way."""
+    with _client(arm, arm.sources[0], arm.server.mail[arm.version], IMAP_PORT) as client:
+        _hear(client, b"* OK")
+        client.send(LOGIN)
+        _hear(client, b"a OK")
+
+        def batch() -> None:
+            for _ in range(ROUND_TRIPS):
+                client.send(b"c NOOP\r\n")
+                _hear(client, b"c OK")
+
+        batch()
+        return _timed(batch, ROUND_TRIPS, seconds, arm.server.processor_time)
+
+
+def postfix_connection(arm: Arm, seconds: float) -> list[float]:
+    """Connect to Postfix, hear the banner, quit."""
+    return _sessions(arm, seconds, SUBMISSION_PORT, b"220", {b"QUIT\r\n": b"221"})
 
 
 def connection(arm: Arm, seconds: float) -> list[float]:
@@ -145,4 +199,16 @@ def bulk_out(arm: Arm, seconds: float) -> list[float]:
     return _bulk(arm, seconds, from_client=False)
 
 
-LOCKSTEP = {"connection": connection, "round_trip": round_trip, "bulk_in": bulk_in, "bulk_out": bulk_out}
+MEASURES = {
+    measure.__name__: measure
+    for measure in (
+        dovecot_connection,
+        dovecot_login,
+        dovecot_noop,
+        postfix_connection,
+        connection,
+        round_trip,
+        bulk_in,
+        bulk_out,
+    )
+}

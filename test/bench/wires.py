@@ -1,7 +1,7 @@
 """Server namespaces, each on a wire of its own to one client namespace: veth pairs without a bridge.
 
 Everything ends with the program, however it ends: a caretaker process deletes the namespaces when the program's end of
-its pipe closes, and the kernel kills the servers when their parent dies.
+its pipe closes, and the kernel kills the mail servers' first processes when their parent dies.
 """
 
 from __future__ import annotations
@@ -10,29 +10,17 @@ import contextlib
 import os
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.net import CLONE_NEWNET, _system_call
+from bench import servers
+from support.net import CLONE_NEWNET, _system_call, until
 
-PORT = 993
+#: Where this program listens: next to Dovecot, on another address.
+PORT = servers.IMAP_PORT
 #: Trusted clients have addresses of 100.64.0.0/10 (RFC 6598), others of 198.18.0.0/15 (RFC 2544), as many as they like.
 TRUSTED_NETWORK, OTHER_NETWORK = "100.64.0.0/10", "198.18.0.0/15"
 TRUSTED_IPV6, OTHER_IPV6 = "fd64::/32", "fd18::/32"
-
-_NGINX = """
-daemon off; master_process off; pid {directory}/pid; error_log stderr crit;
-events {{ worker_connections 4096; }}
-http {{
-  access_log off; keepalive_timeout 0;
-  server {{
-    listen 10.{number}.0.1:{port} backlog=4096;
-    listen [fd00:{number}::1]:{port} backlog=4096;
-    return 200 "* OK ready\\r\\n";
-  }}
-}}
-"""
 
 
 def run(*command: str, script: str | None = None) -> str:
@@ -55,18 +43,24 @@ def inside(namespace: str) -> Iterator[None]:
 
 
 class Server:
-    """A server namespace with rules of its own. nginx is on one pair of addresses, this program on another."""
+    """A server namespace with rules of its own. The mail servers have a pair of addresses, this program another."""
 
     def __init__(self, number: int, name: str, client: str):
         self.name = name
-        self.nginx = {4: f"http://10.{number}.0.1:{PORT}/", 6: f"http://[fd00:{number}::1]:{PORT}/"}
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.mail = {4: f"10.{number}.0.1", 6: f"fd00:{number}::1"}
         self.address = {4: f"10.{number}.0.3", 6: f"fd00:{number}::3"}
-        self.number = number
         run("ip", "netns", "add", name)
-        # Without this, a connection's entry outlives it by 2 minutes, and the machine's limit is soon reached.
-        sysctls = {"netfilter/nf_conntrack_tcp_timeout_time_wait": "1", "ipv6/conf/all/accept_dad": "0"}
+        sysctls = {
+            # Else a connection's entry outlives it by 2 minutes, and the machine's limit is soon reached.
+            "netfilter/nf_conntrack_tcp_timeout_time_wait": "1",
+            # The timers of thousands of sockets in TIME-WAIT would run in the middle of a batch.
+            "ipv4/tcp_max_tw_buckets": "0",
+            "ipv6/conf/all/accept_dad": "0",
+            "ipv6/conf/default/accept_dad": "0",
+        }
         with inside(name):
-            for key, value in {**sysctls, "ipv6/conf/default/accept_dad": "0"}.items():
+            for key, value in sysctls.items():
                 Path(f"/proc/sys/net/{key}").write_text(value)
         wire = f"wire{number}"
         run("ip", "-n", client, "link", "add", wire, "type", "veth", "peer", "eth0", "netns", name)
@@ -96,23 +90,49 @@ class Server:
     def _ip(self, command: str) -> None:
         run("ip", "-n", self.name, *command.split())
 
-    def forget_closed(self) -> None:
-        """Keep no socket in TIME-WAIT from now on: the timers of thousands would run in the middle of a batch."""
-        with inside(self.name):
-            Path("/proc/sys/net/ipv4/tcp_max_tw_buckets").write_text("0")
-
     def load(self, script: str) -> None:
         """Load rules or elements."""
         if script:
             run("ip", "netns", "exec", self.name, "nft", "-f", "-", script=script)
 
-    def serve(self, directory: Path, core: int) -> subprocess.Popen[bytes]:
-        """Start nginx on one core; it dies with this program."""
+    def serve(self, directory: Path, core: int) -> None:
+        """Start the mail servers on one core."""
         directory.mkdir()
-        config = directory / "nginx.conf"
-        config.write_text(_NGINX.format(number=self.number, port=PORT, directory=directory))
-        command = f"setpriv --pdeathsig KILL nsenter --net=/run/netns/{self.name} taskset -c {core} nginx -c {config}"
-        return subprocess.Popen(command.split(), stdin=subprocess.DEVNULL)
+        self.processes = [
+            servers.dovecot(self.name, self.mail, directory / "dovecot", core),
+            servers.postfix(self.name, self.mail, directory / "postfix", core),
+        ]
+
+    def serves(self) -> bool:
+        """Return whether its mail servers take connections, seen from the client namespace."""
+        try:
+            for address in self.mail.values():
+                for port in (servers.IMAP_PORT, servers.SUBMISSION_PORT):
+                    with socket.create_connection((address, port), 5) as client:
+                        if not client.recv(100):
+                            return False
+        except OSError:
+            return False
+        return True
+
+    def processor_time(self) -> dict[int, int]:
+        """Return the nanoseconds that each process of the mail servers has run so far."""
+        found = {}
+        for first in self.processes:
+            children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text()
+            for pid in (first.pid, *map(int, children.split())):
+                with contextlib.suppress(OSError):  # it has ended meanwhile
+                    found[pid] = int(Path(f"/proc/{pid}/schedstat").read_text().split()[0])
+        return found
+
+    def close(self) -> None:
+        """End the mail servers, and listen no more."""
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            process.wait(timeout=30)
+        for listener in self.listeners.values():
+            listener.close()
 
 
 class Wires:
@@ -128,16 +148,15 @@ class Wires:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        self._processes: list[subprocess.Popen[bytes]] = []
         self.servers: dict[str, Server] = {}
         try:
             self._make_client()
             for number, name in enumerate(names, 1):
                 self.servers[name] = Server(number, f"{prefix}-{number}", self.client)
-                self._processes.append(self.servers[name].serve(directory / str(number), core))
+                self.servers[name].serve(directory / str(number), core)
             with open(f"/run/netns/{self.client}", "rb") as there:
                 _system_call("setns", there.fileno(), CLONE_NEWNET)
-            time.sleep(0.5)
+            until(lambda: all(server.serves() for server in self.servers.values()), "the mail servers answer", 30)
         except BaseException:
             self.close()
             raise
@@ -155,10 +174,6 @@ class Wires:
 
     def close(self) -> None:
         """Remove everything."""
-        for process in self._processes:
-            process.kill()
-            process.wait()
         for server in self.servers.values():
-            for listener in server.listeners.values():
-                listener.close()
+            server.close()
         self._caretaker.communicate(timeout=60)
