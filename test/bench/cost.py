@@ -5,7 +5,7 @@ Run it as root: ``test/bench/cost.py`` with the Python of the tests; ``--help`` 
 
 Each ruleset is loaded in a network namespace of its own, with a Dovecot and a Postfix of its own. They all live at
 once, each on a veth pair to one client namespace, and are measured in turn, in a new random order in each round, so
-that a machine that slows down slows all. Figures are processor time, see measures.py:
+that a machine that slows down slows all. Figures are processor time, see measures.py, and "a second" is one of it:
 
 dovecot_connection, dovecot_login, dovecot_noop, postfix_connection
     What a connection, a login and an exchange of lines take with a real server, without TLS. With it a connection
@@ -201,7 +201,9 @@ def options() -> argparse.Namespace:
     """Return what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60, help="of each measure (60)")
-    parser.add_argument("--seconds", type=float, default=0.05, help="for each arm in each round (0.05)")
+    parser.add_argument(
+        "--seconds", type=float, default=0.05, help="of processor time for each arm in each round (0.05)"
+    )
     parser.add_argument("--measure", action="append", choices=measures.MEASURES, help="only this one; repeatable")
     parser.add_argument(
         "--rulesets", default="", help="only minimal and those with one of these in their names: none,1M"

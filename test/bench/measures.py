@@ -22,7 +22,7 @@ from typing import Any, Callable
 from bench.servers import IMAP_PORT, PASSWORD, SUBMISSION_PORT, USER
 from bench.wires import PORT, Server
 
-CONNECTIONS, ROUND_TRIPS, BULK = 10, 50, 256 * 1024
+CONNECTIONS, ROUND_TRIPS, BULK = 5, 50, 256 * 1024
 LOGIN, LOGOUT = f"a LOGIN {USER} {PASSWORD}\r\n".encode(), b"b LOGOUT\r\n"
 #: Not in every Python's socket module; <linux/in.h>.
 IP_BIND_ADDRESS_NO_PORT = 24
@@ -67,13 +67,12 @@ def _none() -> dict[int, int]:
 def _timed(
     operation: Callable[[], Any], operations: int, seconds: float, servers: Callable[[], dict[int, int]] = _none
 ) -> list[float]:
-    """Return the nanoseconds for one operation, of each batch that fits into some seconds.
+    """Return the nanoseconds for one operation, of each batch that fits into some seconds of processor time.
 
     The servers' time is given by process; a batch during which one has started or ended is left out.
     """
-    samples = []
-    end = time.perf_counter() + seconds
-    while not samples or time.perf_counter() < end:
+    samples: list[float] = []
+    while sum(samples) * operations < seconds * 1e9:
         before, start = servers(), time.thread_time_ns()
         operation()
         own, after = time.thread_time_ns() - start, servers()

@@ -1,7 +1,7 @@
 """Real mail servers for a server namespace: a Dovecot and a Postfix of its own, which this program starts and ends.
 
-They are as Debian ships them, but for what would hide the cost of a connection behind work of theirs: a process serves
-any number of clients instead of one, and nothing is encrypted.
+They are as Debian 12 ships them (Dovecot 2.3), but for what would hide the cost of a connection behind work of theirs:
+a process serves any number of clients instead of one, and nothing is encrypted.
 """
 
 from __future__ import annotations

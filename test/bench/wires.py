@@ -127,12 +127,14 @@ class Server:
 
     def close(self) -> None:
         """End the mail servers, and listen no more."""
+        for listener in self.listeners.values():
+            listener.close()
         for process in self.processes:
             process.terminate()
         for process in self.processes:
-            process.wait(timeout=30)
-        for listener in self.listeners.values():
-            listener.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+            process.kill()
 
 
 class Wires:
