@@ -1,7 +1,7 @@
 """Server namespaces, each on a wire of its own to one client namespace: veth pairs without a bridge.
 
-Everything ends with the program, however it ends: a caretaker process deletes the namespaces when the program's end of
-its pipe closes, and the kernel kills the mail servers' first processes when their parent dies.
+Everything ends with the program, however it ends: a caretaker process kills what is left in the server namespaces and
+deletes all namespaces when the program's end of its pipe closes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,15 @@ PORT = servers.IMAP_PORT
 #: Trusted clients have addresses of 100.64.0.0/10 (RFC 6598), others of 198.18.0.0/15 (RFC 2544), as many as they like.
 TRUSTED_NETWORK, OTHER_NETWORK = "100.64.0.0/10", "198.18.0.0/15"
 TRUSTED_IPV6, OTHER_IPV6 = "fd64::/32", "fd18::/32"
+
+_CARETAKER = """
+read _
+for name; do
+  ip netns pids "$name" | xargs -r kill -KILL
+  ip netns del "$name"
+done
+ip netns del "$0"
+"""
 
 
 def run(*command: str, script: str | None = None) -> str:
@@ -143,9 +152,9 @@ class Wires:
     def __init__(self, names: list[str], directory: Path, core: int):
         prefix = f"mailfwb-{os.getpid()}"
         self.client = f"{prefix}-client"
-        namespaces = [self.client, *(f"{prefix}-{number}" for number, _ in enumerate(names, 1))]
+        namespaces = [f"{prefix}-{number}" for number, _ in enumerate(names, 1)]
         self._caretaker = subprocess.Popen(
-            ["sh", "-c", 'read _; for name; do ip netns del "$name"; done', "sh", *namespaces],
+            ["sh", "-c", _CARETAKER, self.client, *namespaces],
             stdin=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
