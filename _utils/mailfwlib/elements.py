@@ -17,6 +17,7 @@ from mailfwlib.settings import ROLES, Settings
 
 #: What trust, bans and blocks are for: an address, which stands for its prefix over IPv6, or a network.
 Source = Union[Address, Network]
+_BROADCAST = ipaddress.IPv4Address("255.255.255.255")
 
 #: Sources of a network that the sets take one by one: a look-up of networks would cost each packet of everybody.
 MOST_SOURCES = 4096
@@ -104,11 +105,14 @@ def in_networks(address: Address, networks: Iterable[str]) -> bool:
 def never_trusted(address: Address, settings: Settings) -> str:
     """Return why a login from ``address`` earns no trust, or an empty string when it may.
 
-    Loopback, link-local, multicast and unspecified addresses are no client's; ``trusted.never`` is the operator's.
+    Loopback, link-local, multicast, broadcast and unspecified addresses are no client's; ``trusted.never`` is the
+    operator's.
     """
     for kind in ("loopback", "link_local", "multicast", "unspecified"):
         if getattr(address, f"is_{kind}"):
             return f"is {kind.replace('_', '-')}"
+    if address == _BROADCAST:
+        return "is broadcast"
     would_be: Any = trusted_network(address, settings)
     if any(would_be.overlaps(other) for other in _networks(settings["trusted"]["never"], address.version)):
         return "is in mailfw:trusted:never"

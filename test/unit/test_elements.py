@@ -149,6 +149,8 @@ def test_scripts_hold_nothing_but_commands_on_elements(address, seconds):
         ("fe80::1", "is link-local"),
         ("224.0.0.1", "is multicast"),
         ("ff02::1", "is multicast"),
+        ("255.255.255.255", "is broadcast"),
+        ("::ffff:255.255.255.255", "is broadcast"),
         ("0.0.0.0", "is unspecified"),
         ("::", "is unspecified"),
         ("198.51.100.7", "is in mailfw:trusted:never"),
