@@ -32,6 +32,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Container
 from pathlib import Path
@@ -561,8 +562,19 @@ def main() -> int:
     agent = Agent()
     server = Server(_listener(), agent.handle)
 
+    def wind_up() -> None:
+        try:
+            agent.bans.stop()
+            agent.keeper.stop()
+            agent.announcer.stop()
+        finally:
+            server.stopping = True
+
     def stop(*_: Any) -> None:
-        server.stopping = True
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        # A last snapshot takes a moment, in which logins are still answered.
+        threading.Thread(target=wind_up, name="wind-up").start()
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
@@ -572,7 +584,4 @@ def main() -> int:
     _notify("READY=1")
     log.info("mailfw-agent %s ready", __version__)
     server.serve(agent.now_and_then)
-    agent.bans.stop()
-    agent.keeper.stop()
-    agent.announcer.stop()
     return 0

@@ -19,7 +19,8 @@ def replace(path: Path, text: str, mode: int = 0o600, owner: str = "root") -> No
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        shutil.chown(fresh, owner)
+        if fresh.owner() != owner:  # Who has no right to give files away need not ask for it.
+            shutil.chown(fresh, owner)
         fresh.replace(path)
     except BaseException as err:
         fresh.unlink(missing_ok=True)

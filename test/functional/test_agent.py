@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -531,6 +534,36 @@ def test_no_login_is_lost_while_the_agent_stops(agent: Agent, host: Host, loaded
     agent.start()
     assert count > 5
     until(lambda: len(trusted(loaded, "ipv4")) == (1 + count) * len(LOGIN_PORTS), "all of them are trusted")
+
+
+def saving(agent: Agent) -> list[int]:
+    """Return the process that takes a snapshot for the agent, if one does."""
+    found = []
+    for children in Path(f"/proc/{agent.pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for pid in map(int, children.read_text().split()):
+                if Path(f"/proc/{pid}/cmdline").read_bytes().endswith(b"mailfw-rules\0save\0"):
+                    found.append(pid)
+    return found
+
+
+def test_logins_are_answered_while_the_agent_takes_its_last_snapshot(
+    agent: Agent, host: Host, loaded: Firewall
+) -> None:
+    until(lambda: agent.status()["last_snapshot"], "the first snapshot")
+    stopping = host.start(agent.stop)
+    until(lambda: saving(agent), "the last snapshot")
+    (pid,) = saving(agent)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for number in range(3):
+            began = time.monotonic()
+            assert agent.login(f"203.0.113.{number}") == f"203.0.113.{number} is trusted"
+            assert time.monotonic() - began < 0.25
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert stopping.result(10) == 0
+    assert len(trusted(loaded, "ipv4")) == 3 * len(LOGIN_PORTS)
 
 
 def test_agent_starts_without_rules(loaded: Firewall, host: Host, tmp_path: Path) -> None:

@@ -69,3 +69,9 @@ def test_agent_has_next_to_no_privileges(host):
     assert unit["CapabilityBoundingSet"] == "cap_net_admin"
     assert unit["NoNewPrivileges"] == "yes"
     assert unit["ProtectSystem"] == "strict"
+
+
+def test_systemd_sees_little_that_the_agent_could_do(host):
+    """Exposure of 10 is all that a service can do; 2.0 is netlink, sockets, and being root without root's rights."""
+    found = host.run("systemd-analyze security --no-pager --threshold=20 mailfw-agent.service")
+    assert found.rc == 0, found.stdout
