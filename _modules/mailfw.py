@@ -17,6 +17,7 @@ import glob
 import json
 import logging
 import os
+import pwd
 import secrets
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from mailfwlib import (
     audit,
     breakglass,
     client,
+    dovecot,
     elements,
     files,
     kick,
@@ -243,6 +245,63 @@ def report_secret():
         return _host_settings()["host"].get("report_secret", "")
     except (CommandExecutionError, ValueError, LookupError):
         return ""
+
+
+def login_services(ours="/etc/dovecot/conf.d/99-mailfw.conf", login_user="dovecot", libexec="/usr/lib/dovecot"):
+    """
+    Return how this host's Dovecot is to run mailfw's login hook, before the post-login scripts that it has itself.
+    Called by the state that writes Dovecot's configuration.
+
+    Returns ``{"services": {service: {setting: value}}, "left": {protocol: reason}}``: what mailfw's file sets, and the
+    protocols whose own scripts the hook cannot be put before.
+
+    ours
+        mailfw's file of Dovecot's configuration, which does not count. Default: ``/etc/dovecot/conf.d/99-mailfw.conf``.
+
+    login_user
+        The user as which Dovecot runs the hook. Default: ``dovecot``.
+
+    libexec
+        Where Dovecot's programs are. Default: ``/usr/lib/dovecot``.
+
+    Raises CommandExecutionError with Dovecot's message when it refuses its configuration without mailfw's file.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.login_services
+    """
+
+    def primary_group(user):
+        return str((pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)).pw_gid)
+
+    found = _dovecot(ours)
+    return dovecot.plan(found, dovecot.installed(libexec), libexec, login_user, primary_group)._asdict()
+
+
+def logins_without_hook(libexec="/usr/lib/dovecot"):
+    """
+    Return the protocols whose logins do not run mailfw's hook, as this host's Dovecot is configured now, each with what
+    they run instead. Their addresses are trusted by Dovecot's reports, a moment after the login.
+
+    libexec
+        Where Dovecot's programs are. Default: ``/usr/lib/dovecot``.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.logins_without_hook
+    """
+    return dovecot.without_hook(_dovecot(), dovecot.installed(libexec))
+
+
+def _dovecot(without=None):
+    try:
+        return dovecot.configuration(without)
+    except dovecot.DovecotError as err:
+        raise CommandExecutionError(f"Dovecot's configuration cannot be read:\n{err}") from err
 
 
 def _address(value):

@@ -109,6 +109,39 @@ def caught_up(name):
         return {**_result(name, comment="The agent goes on without the fleet's logins."), "warnings": [str(err)]}
 
 
+def login_hook_run(name, ours="/etc/dovecot/conf.d/99-mailfw.conf", libexec="/usr/lib/dovecot"):
+    """
+    Say whether every login runs mailfw's hook, now that Dovecot is configured; warn of protocols where none does.
+
+    name
+        A sentence for people.
+
+    ours
+        mailfw's file of Dovecot's configuration. Default: ``/etc/dovecot/conf.d/99-mailfw.conf``.
+
+    libexec
+        Where Dovecot's programs are. Default: ``/usr/lib/dovecot``.
+
+    .. code-block:: yaml
+
+        mailfw login hook is run after each login:
+          mailfw.login_hook_run: []
+    """
+    if __opts__["test"]:
+        return _result(name, comment="Whether each login runs the hook is looked at when it is there.")
+    missing = __salt__["mailfw.logins_without_hook"](libexec)
+    if not missing:
+        return _result(name, comment="Each login runs the hook.")
+    reasons = __salt__["mailfw.login_services"](ours, libexec=libexec)["left"]
+    warnings = [
+        f"logins over {protocol} do not run mailfw's hook: "
+        + reasons.get(protocol, f"something that Dovecot reads after mailfw's file has them run '{runs}'")
+        for protocol, runs in missing.items()
+    ]
+    comment = "These are trusted a moment after their OK, by Dovecot's reports, if mailfw:reports is on."
+    return {**_result(name, comment=comment), "warnings": warnings}
+
+
 def reactor_configured(name):
     """
     Configure the master on this host: the reactor for logins, what mail hosts may ask of it, and the fleet's keys. The

@@ -18,5 +18,6 @@ mailfw login hook is removed:
       - /usr/lib/mailfw/hook
       - /usr/lib/mailfw/login-hook
       - /usr/lib/mailfw/login_hook.py
+      - /usr/lib/mailfw/as-mail-user
     - require:
       - cmd: mailfw login hook is not known to Dovecot

@@ -17,6 +17,9 @@ mailfw login hook is there:
       - /usr/lib/mailfw/hook/login_hook.py:
         - source: salt://mailfw/dovecot/files/login_hook.py
         - mode: "0644"
+      - /usr/lib/mailfw/hook/as-mail-user:
+        - source: salt://mailfw/dovecot/files/as-mail-user
+        - mode: "0755"
     - makedirs: True
     - require:
       - mailfw: mailfw settings are saved
@@ -25,11 +28,11 @@ mailfw login hook is there:
 mailfw login hook is installed:
   cmd.run:
     - name: |
-        for file in login-hook login_hook.py; do
+        for file in login-hook login_hook.py as-mail-user; do
           cp -p hook/$file hook/$file.new && mv hook/$file.new $file || exit 1
         done
     - cwd: /usr/lib/mailfw
-    - unless: cmp -s hook/login-hook login-hook && cmp -s hook/login_hook.py login_hook.py
+    - unless: for file in login-hook login_hook.py as-mail-user; do cmp -s hook/$file $file || exit 1; done
     - require:
       - file: mailfw login hook is there
 
@@ -64,6 +67,7 @@ mailfw login hook is run by Dovecot:
     - template: jinja
     - mode: "0644"
     - context:
+        ours: {{ os.dovecot_conf_directory }}/99-mailfw.conf
         login_user: {{ os.dovecot_login_user }}
         libexec: {{ os.dovecot_libexec }}
     - require:
@@ -83,3 +87,11 @@ mailfw login hook is known to Dovecot:
     - onchanges:
       - file: mailfw login hook is run by Dovecot
       - file: mailfw agent hears {{ "no " if reports is false }}reports of Dovecot
+
+mailfw login hook is run after each login:
+  mailfw.login_hook_run:
+    - ours: {{ os.dovecot_conf_directory }}/99-mailfw.conf
+    - libexec: {{ os.dovecot_libexec }}
+    - require:
+      - file: mailfw login hook is run by Dovecot
+      - cmd: mailfw login hook is known to Dovecot

@@ -11,6 +11,9 @@ from support.lab import changed
 
 from .conftest import ENVIRONMENTS, HOSTS, on_both_hosts
 
+#: mailfw's file of Dovecot's configuration, and what it is made from.
+OURS, TEMPLATE = "/etc/dovecot/conf.d/99-mailfw.conf", "mailfw/dovecot/files/99-mailfw.conf.jinja"
+
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_before_the_first_run_test_mode_says_what_it_cannot_know(fleet, host):
@@ -85,19 +88,34 @@ def test_a_mode_switch_shows_a_diff_that_test_mode_has_shown(mode):
         mode("mx1", "autoban")
 
 
+def there(host, path):
+    return lab.lab("exec", host, "--", "test", "-e", path, check=False).returncode == 0
+
+
 @on_both_hosts
-def test_a_configuration_that_dovecot_refuses_does_not_stay(fleet, host):
-    ours, broken = "/etc/dovecot/conf.d/99-mailfw.conf", "/etc/dovecot/conf.d/98-broken.conf"
-    lab.run(host, "rm", ours)
+def test_a_configuration_that_dovecot_refuses_is_said_and_left_as_it_is(fleet, host):
+    broken = "/etc/dovecot/conf.d/98-broken.conf"
     lab.run(host, "tee", broken, text="nonsense = yes\n")
     try:
-        with pytest.raises(lab.LabError, match="mailfw login hook is known to Dovecot"):
+        with pytest.raises(lab.LabError, match="nonsense"):
             lab.states(host)
-        assert lab.lab("exec", host, "--", "test", "-e", ours, check=False).returncode == 1
+        assert there(host, OURS)
     finally:
         lab.run(host, "rm", broken)
-    lab.states(host)
-    assert lab.run(host, "cat", ours)
+
+
+def test_a_configuration_that_dovecot_refuses_because_of_mailfw_does_not_stay(fleet):
+    text, copy = (lab.REPOSITORY / TEMPLATE).read_text(), f"/srv/next/{TEMPLATE}"
+    lab.run("master", "mkdir", "-p", copy.rpartition("/")[0])
+    lab.run("master", "tee", copy, text=f"{text}nonsense = yes\n")
+    try:
+        with pytest.raises(lab.LabError, match="mailfw login hook is known to Dovecot"):
+            lab.all_states(HOSTS)
+        assert lab.on_each(HOSTS, lambda host: there(host, OURS)) == {"mx1": False, "mx2": False}
+    finally:
+        lab.run("master", "rm", "-r", "/srv/next")
+        lab.all_states(HOSTS)
+    assert lab.on_each(HOSTS, lambda host: there(host, OURS)) == {"mx1": True, "mx2": True}
 
 
 def test_rules_are_there_after_a_reboot(fleet):

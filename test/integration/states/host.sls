@@ -10,3 +10,4 @@ exclude:
   - id: mailfw agent is known to the fleet
   - id: mailfw login hook is run by Dovecot
   - id: mailfw login hook is known to Dovecot
+  - id: mailfw login hook is run after each login
