@@ -18,9 +18,9 @@ def as_user(user: str, *command: str) -> list[str]:
     return ["setpriv", "--reuid", user, "--regid", user, "--clear-groups", *command]
 
 
-def run_as_dovecot(host: MailHost, address: str, *command: str) -> str:
+def run_as_dovecot(host: MailHost, address: str, *command: str, user: str = "alice@example.com") -> str:
     """Run a command as Dovecot runs its login hook; return what it prints."""
-    environment = ["env", "-i", f"IP={address}", "USER=alice@example.com", "PATH=/usr/bin:/bin"]
+    environment = ["env", "-i", f"IP={address}", f"USER={user}", "PATH=/usr/bin:/bin"]
     return host.host.run(*environment, *as_user(str(LOGIN_USER[1]), *command)).stdout
 
 
@@ -95,6 +95,29 @@ def test_the_session_starts_without_a_socket(fleet: Fleet, mx2: MailHost) -> Non
         assert run_as_dovecot(mx2, fleet.new_address(), SCRIPT, "echo", "session") == "session\n"
     finally:
         mx2.agent.start()
+
+
+@pytest.mark.parametrize(
+    ("address", "user"),
+    [
+        ("", ""),
+        ("/run/dovecot/login/imap", "alice"),
+        ("192.0.2.1%eth0", "alice"),
+        ("fe80::1%eth0", "alice"),
+        ("::ffff:127.0.0.1", "alice"),
+        ("192.0.2.1\n192.0.2.2", "line\nbreak"),
+        ("192.0.2.1; reboot", "$(reboot) 'quoted\"'"),
+        ("9" * 100_000, "x" * 100_000),
+        ("\udcff\udcfe", "\udcff"),
+    ],
+    ids=lambda value: repr(value[:20]),
+)
+def test_the_session_starts_and_nobody_is_trusted_whatever_the_hook_is_told(
+    mx1: MailHost, address: str, user: str
+) -> None:
+    before = mx1.host.trusted().keys()
+    assert run_as_dovecot(mx1, address, SCRIPT, "echo", "session", user=user) == "session\n"
+    assert mx1.host.trusted().keys() == before
 
 
 @pytest.mark.parametrize("fault", ["import time; time.sleep(60)", "not Python at all", "import os; os._exit(1)"])

@@ -127,12 +127,17 @@ class Session(Ongoing):
 _town = iter([*zip(ip_network("198.19.128.0/17").subnets(4), ip_network("2001:db8:7000::/36").subnets(4))])
 
 
+def networks_of_town() -> list[str]:
+    """Return an IPv4 and an IPv6 network of the client town that nobody has had before."""
+    return list(map(str, next(_town)))
+
+
 def logins(host: str, then: Sequence[int] = ()) -> Ongoing:
     """Have people log in at a host again and again, over both versions of IP, and connect to some ports after their OK.
 
     Every few logins are from another address. See come_and_go in mailclient.py for what it tells in the end.
     """
-    targets = [[address, str(network)] for address, network in zip(ADDRESSES[host], next(_town))]
+    targets = [[address, network] for address, network in zip(ADDRESSES[host], networks_of_town())]
     return Ongoing("town", "come_and_go", targets=targets, then=list(then))
 
 

@@ -9,7 +9,6 @@ import base64
 import imaplib
 import itertools
 import json
-import poplib
 import smtplib
 import socket
 import ssl
@@ -31,6 +30,17 @@ STARTTLS = {
     587: [(b"EHLO lab.test", b"250 "), (b"STARTTLS", b"220 ")],
 }
 PASSWORD = "secret"
+#: What alice says to log in: protocol -> port, how a greeting ends, pairs of a command and how the answer begins.
+LOGIN = {
+    "imap": (143, b"* OK", [(f"a LOGIN alice {PASSWORD}\r\n".encode(), b"a OK")]),
+    "pop3": (110, b"+OK", [(b"USER alice\r\n", b"+OK"), (f"PASS {PASSWORD}\r\n".encode(), b"+OK")]),
+    "sieve": (
+        4190,
+        b"OK",
+        [(b'AUTHENTICATE "PLAIN" "%s"\r\n' % base64.b64encode(f"\0alice\0{PASSWORD}".encode()), b"OK")],
+    ),
+}
+REFUSALS = (b"a NO", b"a BAD", b"* BYE", b"-ERR", b"NO", b"BYE")
 #: Seconds in which a connection that is held is let in or refused.
 HELD = 10.0
 #: Seconds between two logins at an address in come_and_go, and how many are from the same source.
@@ -102,34 +112,75 @@ def login(address: str, source: str | None = None, user: str = "alice") -> dict[
     return {"seconds": answered - start, "at": answered}
 
 
+def log_in(address: str, protocol: str, source: str | None = None, patience: float = 10.0) -> socket.socket:
+    """Log in over imap, pop3 or sieve; return the connection when OK was read."""
+    port, greeting, commands = LOGIN[protocol]
+    session = socket.create_connection((address, port), patience, (source, 0) if source else None)
+    answers = session.makefile("rb")
+    for command, answer in [(b"", greeting), *commands]:
+        session.send(command)
+        line = next((line for line in answers if line.startswith((answer, *REFUSALS))), b"")
+        if not line.startswith(answer):
+            raise ConnectionError(f"{protocol}: {command!r}: {line!r}")
+    return session
+
+
 def login_then_connect(address: str, protocol: str, source: str | None = None) -> str:
     """Log in over imap, pop3 or sieve, and connect to submission once the OK was read: open, refused or silent."""
-    if protocol == "imap":
-        session: Any = imap_login(address, source)
-    elif protocol == "pop3":
-        session = poplib.POP3(address, timeout=10)
-        session.user("alice")
-        session.pass_(PASSWORD)
-    else:
-        session = sieve_login(address, source)
-    return probe_one(address, 587, source, 1.0)
+    with log_in(address, protocol, source):
+        return probe_one(address, 587, source, 1.0)
 
 
-def sieve_login(address: str, source: str | None) -> socket.socket:
-    """Log in over ManageSieve (RFC 5804), which Python's library does not speak."""
-    session = socket.create_connection((address, 4190), 10, (source, 0) if source else None)
-    answers = session.makefile("rb")
+def connect_next(address: str, source: str | None) -> str:
+    """Connect to submission with the very next packet: open, or what became of that."""
+    try:
+        socket.create_connection((address, 587), 5, (source, 0) if source else None).close()
+    except OSError as err:
+        return type(err).__name__
+    return "open"
 
-    def read_ok() -> None:
-        line = next((line for line in answers if line.startswith((b"OK", b"NO", b"BYE"))), b"")
-        if not line.startswith(b"OK"):
-            raise ConnectionError(f"sieve: {line!r}")
 
-    read_ok()
-    secret = base64.b64encode(f"\0alice\0{PASSWORD}".encode()).decode()
-    session.send(f'AUTHENTICATE "PLAIN" "{secret}"\r\n'.encode())
-    read_ok()
-    return session
+def forgotten_each_time(address: str, protocol: str, times: int, source: str | None = None) -> dict[str, int]:
+    """Have somebody take this client's trust away, then log in and connect to submission right after the OK, and so on.
+
+    Says ``forget`` on standard output each time and waits for a line. Count what came of connecting to submission,
+    before and after the login.
+    """
+    outcomes: list[str] = []
+    for _ in range(times):
+        print("forget", flush=True)
+        sys.stdin.readline()
+        outcomes.append("before: " + connect_next(address, source))
+        with log_in(address, protocol, source):
+            outcomes.append("after: " + connect_next(address, source))
+    return {outcome: outcomes.count(outcome) for outcome in set(outcomes)}
+
+
+def storm(clients: list[list[str]], patience: float) -> list[dict[str, Any]]:
+    """Connect to IMAP for each [address, source], then log all of them in at once; each connects to submission next.
+
+    All sessions stay until everybody is in. Say for each what became of the login and of submission, and the seconds
+    that the login took.
+    """
+    ready = threading.Barrier(len(clients))
+
+    def one(client: list[str]) -> dict[str, Any]:
+        address, source = client
+        ready.wait()
+        began = time.time()
+        try:
+            session = log_in(address, "imap", source, patience)
+        except OSError as err:
+            return {"login": f"{type(err).__name__}: {err}", "seconds": time.time() - began}
+        took = time.time() - began
+        return {"login": "OK", "seconds": took, "submission": connect_next(address, source), "session": session}
+
+    with ThreadPoolExecutor(len(clients)) as pool:
+        found = list(pool.map(one, clients))
+    for each in found:
+        if "session" in each:
+            each.pop("session").close()
+    return found
 
 
 def login_opens(address: str, watch: list[list[Any]], source: str | None = None, limit: float = 10) -> dict[str, Any]:
