@@ -24,14 +24,14 @@ def doveadm(tmp_path, monkeypatch):
     return install
 
 
-TWO = r"printf 'username\tproto\tpid\tip\nalice\timap\t7\t192.0.2.1\nalice\timap\t8\t192.0.2.1\n'"
+TWO = r"printf 'username\tproto\tpid\tip\nalice\timap\t7\t192.0.2.1\nAlice\timap\t8\t192.0.2.1\nalice\tpop3\t9\t::1\n'"
 
 
-@pytest.mark.parametrize("user", ["alice", "-f", "--help", "a b", "$(id)", "a'b", "@10.0.0.1"])
-def test_sessions_are_counted_and_ended(doveadm, user):
+@pytest.mark.parametrize("user", ["ALICE", "-f", "--help", "a b", "$(id)", "a'b", "@10.0.0.1"])
+def test_sessions_are_counted_and_ended_by_the_names_that_they_have(doveadm, user):
     asked = doveadm(TWO)
-    assert kick.end_sessions(user) == 2
-    assert asked.read_text() == f"-f|tab|who|-1|--|{user}|\nkick|--|{user}|\n"
+    assert kick.end_sessions(user) == 3
+    assert asked.read_text() == f"-f|tab|who|-1|--|{user}|\nkick|--|alice|\nkick|--|Alice|\n"
 
 
 @pytest.mark.parametrize("who", [NOBODY, r"printf 'username\tproto\tpid\tip\n'", "true"])
@@ -43,7 +43,7 @@ def test_nobody_is_kicked_who_is_not_there(doveadm, who):
 
 def test_sessions_that_end_by_themselves_are_no_error(doveadm):
     doveadm(TWO, NOBODY)
-    assert kick.end_sessions("alice") == 2
+    assert kick.end_sessions("alice") == 3
 
 
 def test_a_host_without_doveadm_has_no_sessions(monkeypatch):
