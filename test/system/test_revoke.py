@@ -16,7 +16,7 @@ HOME, HOME_IPV6, CAFE = "198.51.100.10", "2001:db8:0:2::", "203.0.113.10"
 @pytest.fixture(autouse=True)
 def nobody_is_known(fleet):
     for host in HOSTS:
-        lab.set_pillar(ENVIRONMENTS[host], protection={"type": "protected"})
+        lab.set_pillar(ENVIRONMENTS[host], protection={"type": "autoban"})
     lab.all_states(HOSTS, "state.apply", "mailfw")
     for host in HOSTS:
         for user in ("alice", "bob"):
