@@ -58,11 +58,11 @@ def table() -> str:
 
 
 def counters() -> dict[str, int]:
-    """Return the packets that each named counter has counted. Raises NftError."""
+    """Return the packets that each named counter has counted, but for those of single services. Raises NftError."""
     listing = json.loads(command("-j", "-t", "list", "ruleset", TABLE.split()[0]))
     found = (entry["counter"] for entry in listing["nftables"] if "counter" in entry)
     name = TABLE.split()[1]
-    return {counter["name"]: counter["packets"] for counter in found if counter["table"] == name}
+    return {one["name"]: one["packets"] for one in found if one["table"] == name and "/" not in one["name"]}
 
 
 def _run(command_line: list[str], script: str | None) -> str:

@@ -33,6 +33,17 @@ def files(settings: Settings) -> dict[str, list[dict[str, Any]]]:
 OLDER = 262144
 #: Sources that do not fit into a full meter share the rate of this many.
 CROWD = 10
+#: Decisions that are counted for each service and family, too, and which side of the packet has the service's port. None
+#: of them is about a packet of a trusted source or a settled connection: those pay nothing for it.
+TALLIED = {
+    "opened": "dport",
+    "counted": "sport",
+    "over_rate": "sport",
+    "banned": "dport",
+    "blocked": "dport",
+    "held": "dport",
+    "untrusted": "dport",
+}
 
 
 def context(settings: Settings) -> dict[str, Any]:
@@ -43,7 +54,8 @@ def context(settings: Settings) -> dict[str, Any]:
     an IPv6 source, for bans, blocks and rates; ``trusted_saddr`` and ``trusted_daddr``, the same for trust.
     ``meter_timeout``, also that of ``networks``: seconds that a bucket must be kept, since one that is forgotten before
     it has refilled limits nothing. ``mark``: the bit of the connection mark of a connection that is to be counted, that
-    of a settled one, both, and all others.
+    of a settled one, both, and all others. ``tallies``: the names of the counters of single services, and ``tally``: for
+    each decision the statement that counts it there; empty on a host without login services.
     """
     autoban = settings["autoban"]
     networks, rate = autoban["networks"], autoban["rate"]
@@ -70,8 +82,25 @@ def context(settings: Settings) -> dict[str, Any]:
             "mask": {"ipv4": _mask_ipv4(networks["ipv4_prefix"]), "ipv6": parse.mask(networks["ipv6_prefix"])},
         },
         "mark": _mark(settings["mark"]),
+        "tallies": [name for decision in TALLIED for name in _tallies(decision, settings).values()],
+        "tally": {decision: _tally(decision, settings) for decision in TALLIED},
         "log": settings["log"] and _log_statement(settings["log"], settings["enforce"]),
     }
+
+
+def _tallies(decision: str, settings: Settings) -> dict[str, str]:
+    """Return the counters of a decision for single services: family and port as a rule writes them -> name."""
+    return {
+        f"{family} . {service['port']}": f"{decision}/{service['name']}/{family}"
+        for service in settings["services"]
+        if service["login"]
+        for family in FAMILIES
+    }
+
+
+def _tally(decision: str, settings: Settings) -> str:
+    listed = ", ".join(f'{key} : "{name}"' for key, name in _tallies(decision, settings).items())
+    return f"counter name meta nfproto . tcp {TALLIED[decision]} map {{ {listed} }}" if listed else ""
 
 
 def _mark(bits: int) -> dict[str, str]:

@@ -166,7 +166,8 @@ def test_rendered_rules_name_nothing_that_is_not_there(root, pillar):
     rendered = Rules(settings.resolve(pillar), root)
     assert rendered.text.count("{") == rendered.text.count("}")
     assert set(re.findall(r"(?:goto|jump) (\w+)", rendered.text)) <= rendered.objects["chain"].keys()
-    assert set(re.findall(r"counter name (\w+)", rendered.text)) <= rendered.counters
+    assert set(re.findall(r"counter name (?!meta )(\w+)", rendered.text)) <= rendered.counters
+    assert set(re.findall(r'"(\w+/\w+/\w+)"', rendered.text)) <= rendered.counters
     used = set(re.findall(r"@(\w+)\b(?!,\d)", rendered.text))  # "@ih,0,8" is a place in a packet
     assert used <= rendered.objects["set"].keys() | rendered.objects["map"].keys()
     assert "None" not in rendered.text
