@@ -43,6 +43,7 @@ from mailfwlib.announcer import Announcer
 from mailfwlib.bans import Ban, Bans
 from mailfwlib.journal import DIRECTORY, Journal
 from mailfwlib.keeper import Keeper
+from mailfwlib.monitor import Monitor
 from mailfwlib.parse import Address
 from mailfwlib.people import DAY, People, is_renewed
 from mailfwlib.reports import Reports
@@ -93,7 +94,7 @@ class Agent:
             key: at for key, at in self._ended_journal.load().items() if at > time.time() - messages.OLDEST_LOGIN
         }
         self.settings: Settings = {}
-        self.counts = {"logins": 0, "received": 0, "refused": 0}
+        self.counts = {"logins": 0, "announced": 0, "received": 0, "refused": 0}
         self._reports: Reports | None = None
         self.refresh_settings()
         self.people = People(lambda: self.settings)
@@ -104,6 +105,7 @@ class Agent:
         self._repairs: queue.SimpleQueue[tuple[float, list[str]]] = queue.SimpleQueue()
         self.keeper = Keeper(lambda since, altered: self._repairs.put((since, altered)))
         self.bans = Bans(self._banned)
+        self.monitor = Monitor(lambda: self.settings, self.status)
         self._recall()
 
     def _recall(self) -> None:
@@ -177,6 +179,8 @@ class Agent:
         except ValueError as err:
             raise RefusedError(f"{address_text!r:.60}: {err}") from err
         reason = elements.never_trusted(address, self.settings) or sockets.own_address(address)
+        if not reason:
+            self.monitor.familiar.note(address, time.time())
         ports = [] if reason else self._ports(address)
         if not ports:
             return (
@@ -193,6 +197,7 @@ class Agent:
         if known <= self._ended.get(key, 0.0) or is_renewed((key, who), known, now, period):
             self.announcer.announce(key, now, who)
             self._record_trust(address, ports, now + period, "login")
+            self.counts["announced"] += 1
         return f"{address} is trusted"
 
     def _record_trust(self, address: Address, ports: list[int], until: float, by: str) -> None:
@@ -317,6 +322,7 @@ class Agent:
 
     def _end(self, key: Address) -> None:
         """Have what logins have earned for an address until now count no more."""
+        self.monitor.familiar.forget(key)
         self._earned.pop(key, None)
         self._ended[key] = time.time()
         if len(self._ended) > MOST_LOGINS:
@@ -402,6 +408,7 @@ class Agent:
             return False
         if elements.never_trusted(address, self.settings) or sockets.own_address(address):
             return False
+        self.monitor.familiar.note(address, at)
         ports = self._ports(address)
         if not ports:
             return False
@@ -425,6 +432,7 @@ class Agent:
             "users": len(self.people),
             **self.announcer.status(),
             **self.keeper.status(),
+            **self.monitor.status(),
         }
 
     def _complain(self, about: str, sentence: str) -> None:
@@ -564,6 +572,7 @@ def main() -> int:
 
     def wind_up() -> None:
         try:
+            agent.monitor.stop()
             agent.bans.stop()
             agent.keeper.stop()
             agent.announcer.stop()
@@ -581,6 +590,7 @@ def main() -> int:
     agent.announcer.start()
     agent.keeper.start()
     agent.bans.start()
+    agent.monitor.start()
     _notify("READY=1")
     log.info("mailfw-agent %s ready", __version__)
     server.serve(agent.now_and_then)

@@ -33,8 +33,8 @@ def files(settings: Settings) -> dict[str, list[dict[str, Any]]]:
 OLDER = 262144
 #: Sources that do not fit into a full meter share the rate of this many.
 CROWD = 10
-#: Decisions that are counted for each service and family, too, and which side of the packet has the service's port. None
-#: of them is about a packet of a trusted source or a settled connection: those pay nothing for it.
+#: Decisions that are counted for each service and family, too, and which side of the packet has the service's port.
+#: None of them is about a packet of a trusted source or a settled connection: those pay nothing for it.
 TALLIED = {
     "opened": "dport",
     "counted": "sport",
@@ -54,8 +54,8 @@ def context(settings: Settings) -> dict[str, Any]:
     an IPv6 source, for bans, blocks and rates; ``trusted_saddr`` and ``trusted_daddr``, the same for trust.
     ``meter_timeout``, also that of ``networks``: seconds that a bucket must be kept, since one that is forgotten before
     it has refilled limits nothing. ``mark``: the bit of the connection mark of a connection that is to be counted, that
-    of a settled one, both, and all others. ``tallies``: the names of the counters of single services, and ``tally``: for
-    each decision the statement that counts it there; empty on a host without login services.
+    of a settled one, both, and all others. ``tallies``: the names of the counters of single services, and ``tally``:
+    for each decision the statement that counts it there; empty on a host without login services.
     """
     autoban = settings["autoban"]
     networks, rate = autoban["networks"], autoban["rate"]

@@ -359,7 +359,8 @@ def _draft(path: Path, script: str, new: Objects) -> None:
     """Write a record of what is to be loaded, all but its fingerprint: a full disk shows before the rules change."""
     static = sorted(name for kind, name in new if _is_static((kind, name), new))
     objects = [[*key, text] for key, text in new.items()]
-    record = {"fingerprint": _UNKNOWN, "key": _key(script), "objects": objects, "static": static}
+    applies = loaded().get("applies", 0) + 1
+    record = {"applies": applies, "fingerprint": _UNKNOWN, "key": _key(script), "objects": objects, "static": static}
     files.replace(path, json.dumps(record))
 
 
@@ -374,7 +375,10 @@ def _confirm(draft: Path) -> None:
 
 
 def loaded() -> dict[str, Any]:
-    """Return what the last applier has left: ``fingerprint``, ``static`` (see netlink) and more; ``{}`` without one."""
+    """Return what the last applier has left: ``fingerprint``, ``static`` (see netlink) and more; ``{}`` without one.
+
+    ``applies``: how often rules were applied since they were first loaded.
+    """
     try:
         found: dict[str, Any] = json.loads(LOADED.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import re
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -216,6 +217,23 @@ _LOGGING = {
 }
 
 
+#: Where node_exporter looks for files of metrics: Debian's prometheus-node-exporter.
+METRICS_DIRECTORY = "/var/lib/prometheus/node-exporter"
+
+
+def _directory(value: Any) -> str:
+    """Return a path that a unit file can name as it is."""
+    if not isinstance(value, str) or not re.fullmatch(r"(/[A-Za-z0-9_][A-Za-z0-9_.-]*)+", value):
+        raise ValueError(f"expected the absolute path of a directory, such as {METRICS_DIRECTORY}")
+    return value
+
+
+_METRICS = {
+    "directory": Option(_directory, METRICS_DIRECTORY, "node_exporter's directory of text files"),
+    "interval": Option(parse.duration, "15s", "how often they are written"),
+}
+
+
 _REPORTS = {"port": Option(_whole(1024, 65535), 4145, "a port of loopback")}
 
 
@@ -269,6 +287,9 @@ SCHEMA: dict[str, Any] = {
     },
     "reports": Option(FalseOr(_REPORTS, "{port: 4145}"), {}, "Dovecot reports logins, Postfix's too, to the agent"),
     "log": Option(FalseOr(_LOGGING, "{rate: 10/minute}"), {}, "log bans and refusals, at a limited rate"),
+    "metrics": Option(
+        FalseOr(_METRICS, f"{{directory: {METRICS_DIRECTORY}}}"), {}, "a text file of metrics for node_exporter"
+    ),
     "sizes": {
         "trusted": Option(_whole(1, 2**24), 2_000_000, "elements of the trusted sets: addresses times ports"),
         "banned": Option(_whole(1, 2**24), 65536, "banned sources, for each role and family"),

@@ -1,4 +1,4 @@
-{%- from "mailfw/map.jinja" import os with context %}
+{%- from "mailfw/map.jinja" import os, metrics_directory with context %}
 
 mailfw agent does not catch up:
   schedule.absent:
@@ -25,5 +25,6 @@ mailfw agent is removed:
       - /usr/lib/mailfw/salt_helper.py
       - /usr/lib/mailfw/mailfwlib
       - /run/mailfw
+      - {{ (metrics_directory ~ "/mailfw.prom") | json }}
     - require:
       - service: mailfw agent is not running

@@ -1,5 +1,5 @@
 # The host's agent: trusts the addresses of logins, here and, through the master, on the fleet's other mail hosts.
-{%- from "mailfw/map.jinja" import os, roles with context %}
+{%- from "mailfw/map.jinja" import os, metrics, metrics_directory, roles with context %}
 
 include:
   - mailfw.ruleset
@@ -14,6 +14,9 @@ mailfw agent can be started:
         - source: salt://mailfw/agent/files/salt_helper.py
       - {{ os.unit_directory }}/mailfw-agent.service:
         - source: salt://mailfw/agent/files/mailfw-agent.service
+        - template: jinja
+        - context:
+            metrics_directory: {{ ("" if metrics is false else metrics_directory) | json }}
       - {{ os.unit_directory }}/mailfw-agent.socket:
         - source: salt://mailfw/agent/files/mailfw-agent.socket
         - template: jinja
@@ -22,6 +25,15 @@ mailfw agent can be started:
     - mode: "0644"
     - require:
       - file: mailfw library is installed
+
+{%- if metrics is false %}
+
+mailfw agent writes no metrics:
+  file.absent:
+    - name: {{ (metrics_directory ~ "/mailfw.prom") | json }}
+    - require:
+      - service: mailfw agent is running
+{%- endif %}
 
 mailfw agent can be reached:
   service.running:

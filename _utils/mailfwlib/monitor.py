@@ -1,0 +1,143 @@
+"""The monitor: a thread of the agent that looks at what operators want to be told of, and writes the metrics.
+
+It asks the kernel over netlink, since ``nft`` would read every element first; no login waits for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+from mailfwlib import breakglass, familiar, files, metrics, netlink, ruleset, snapshot
+from mailfwlib.settings import Settings
+
+#: Seconds between two looks where the settings do not say, and how many times as long as a look took the pause after it
+#: is at least.
+LOOK, REST = 15.0, 50
+#: Seconds between two countings of the elements, on kernels that do not say how many there are.
+COUNT = 60.0
+#: Refused addresses that the status names.
+MOST_SHOWN = 20
+
+log = logging.getLogger("mailfw-agent")
+
+
+class Monitor:
+    """Looks at the host every now and then."""
+
+    def __init__(self, settings: Callable[[], Settings], status: Callable[[], dict[str, Any]]):
+        self._settings, self._status = settings, status
+        self.familiar = familiar.Familiar()
+        self._watch = familiar.Watch(self.familiar)
+        self._started = time.time()
+        self._seconds = 0.0
+        self._counted: dict[str, int] = {}
+        self._next_count = 0.0
+        self._was_missing = False
+        self._complaint = ""
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; what is known of familiar addresses is on disk then."""
+        self._stopping.set()
+        self._thread.join(timeout=5)
+
+    def status(self) -> dict[str, Any]:
+        """Return how many addresses are familiar, how many of them are refused now, and of some of these why."""
+        refused: dict[str, str] = {}
+        for one in sorted(self._watch.now, key=str):
+            refused.setdefault(str(one.address), f"{one.reason}, {one.where}")
+        shown = dict(list(refused.items())[:MOST_SHOWN])
+        return {"familiar": len(self.familiar), "familiar_refused": len(refused), "refused_addresses": shown}
+
+    def _run(self) -> None:
+        wait = 1.0  # The first look is soon, so that a restart leaves no gap.
+        while not self._stopping.wait(wait):
+            began = time.monotonic()
+            self._attempt(self._look)
+            self._seconds = time.monotonic() - began
+            wait = max((self._settings().get("metrics") or {}).get("interval", LOOK), REST * self._seconds)
+        self._attempt(self.familiar.save)
+
+    def _attempt(self, step: Callable[[], Any]) -> None:
+        """Log what goes wrong, once until it goes well or wrong in another way: it is tried again."""
+        try:
+            step()
+            self._complaint = ""
+        except Exception as err:
+            if str(err) != self._complaint:
+                log.exception("the metrics cannot be written")
+            self._complaint = str(err)
+
+    def _look(self) -> None:
+        self.familiar.save()
+        # Of a new conversation with the kernel, no answer to an older question is left.
+        settings, now, kernel = self._settings(), time.time(), netlink.Kernel()
+        if kernel.sets():
+            found = familiar.refused(kernel, self.familiar, settings, now)
+            self._watch.look(found, settings["enforce"], now)
+        if settings.get("metrics"):
+            self._write(Path(settings["metrics"]["directory"]), self._facts(settings, kernel))
+
+    def _facts(self, settings: Settings, kernel: netlink.Kernel) -> metrics.Facts:
+        now, agent, record = time.time(), self._status(), ruleset.loaded()
+        return metrics.Facts(
+            now=now,
+            seconds=self._seconds,
+            started=self._started,
+            settings=settings,
+            agent=agent,
+            counters=kernel.counters(),
+            levels=self._levels(kernel),
+            altered=bool(record) and kernel.fingerprint(record["static"]) != record["fingerprint"],
+            applies=record.get("applies", 0),
+            applied=_modified(ruleset.LOADED),
+            opening=breakglass.opening(now),
+            snapshot=agent["last_snapshot"] or _modified(snapshot.PATH),
+            familiar=len(self.familiar),
+            refused={reason: len(self._watch.addresses(reason)) for reason in familiar.REASONS},
+            refusals=self._watch.times,
+        )
+
+    def _levels(self, kernel: netlink.Kernel) -> dict[str, netlink.Level]:
+        """Return how full the sets are; where the kernel does not say, their elements are counted now and then."""
+        levels = kernel.levels()
+        if all(level.elements is not None for level in levels.values()):
+            return levels
+        if (began := time.monotonic()) >= self._next_count:
+            self._counted = {name: kernel.count(name) for name in levels}
+            self._next_count = time.monotonic() + max(COUNT, REST * (time.monotonic() - began))
+        return {name: level._replace(elements=self._counted.get(name)) for name, level in levels.items()}
+
+    def _write(self, directory: Path, facts: metrics.Facts) -> None:
+        if not directory.is_dir():  # Nobody wants to read them.
+            self._was_missing = True
+            return
+        try:
+            files.replace(directory / metrics.FILE, metrics.render(metrics.samples(facts)), mode=0o644)
+        except OSError as err:
+            if err.errno == errno.EROFS and self._was_missing:
+                # It was made after systemd has given this process its view of the disk. No login is lost by a restart.
+                log.info("%s is there now; the agent starts again to write to it", directory)
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            raise
+
+
+def _modified(path: Path) -> Optional[float]:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
