@@ -6,7 +6,6 @@ That one is refused means, more often than anything else, that somebody who belo
 from __future__ import annotations
 
 import ipaddress
-import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -197,11 +196,8 @@ def _let_in(kernel: netlink.Kernel, address: Address, ports: list[int], settings
     return bool(ports) and all(kernel.element(f"trusted_{family}", netlink.key(trusted, port)) for port in ports)
 
 
-log = logging.getLogger("mailfw-agent")
-
-
 class Watch:
-    """What is made of refusals: who is refused for more than a moment, how often that began, a line in the log."""
+    """What is made of refusals: who is refused for more than a moment, how often that began, what to log."""
 
     def __init__(self, familiar: Familiar):
         self._familiar = familiar
@@ -212,18 +208,20 @@ class Watch:
         #: How often that began: reason -> times.
         self.times = dict.fromkeys(REASONS, 0)
 
-    def look(self, found: set[Refusal], enforcing: bool, now: float) -> None:
-        """Take in who is refused at this look."""
+    def look(self, found: set[Refusal], enforcing: bool, now: float) -> list[str]:
+        """Take in who is refused at this look; return what to log, a sentence for each address and day."""
         lasting = found & self._before
         began = {(one.address, one.reason) for one in lasting} - {(one.address, one.reason) for one in self.now}
         for _, reason in began:
             self.times[reason] += 1
         self._before, self.now = found, lasting
         self._logged = {address: at for address, at in self._logged.items() if now - at < 86400}
+        sentences = []
         for one in sorted(lasting, key=str):
             if one.address not in self._logged:
                 self._logged[one.address] = now
-                log.warning("%s", self._sentence(one, enforcing, now))
+                sentences.append(self._sentence(one, enforcing, now))
+        return sentences
 
     def _sentence(self, one: Refusal, enforcing: bool, now: float) -> str:
         days = (now - self._familiar.last(one.address)) / 86400

@@ -28,8 +28,10 @@ class Metric(NamedTuple):
 METRICS = {
     "mailfw_agent_info": Metric("gauge", "1, with the agent's version and the host's mode", ("version", "mode")),
     "mailfw_agent_start_time_seconds": Metric("gauge", "when the agent was started, in Unix time"),
-    "mailfw_written_timestamp_seconds": Metric("gauge", "when these metrics were written, in Unix time"),
-    "mailfw_look_duration_seconds": Metric("gauge", "how long it took to find them out"),
+    "mailfw_written_timestamp_seconds": Metric(
+        "gauge", "when the agent looked at what it has written here, in Unix time"
+    ),
+    "mailfw_look_duration_seconds": Metric("gauge", "processor time that the look before took"),
     "mailfw_enforcing": Metric("gauge", "1 when sources are refused, 0 with mailfw:enforce false"),
     "mailfw_rules_wanted": Metric("gauge", "1 unless the rules were taken away on purpose, or never loaded"),
     "mailfw_rules_loaded": Metric("gauge", "1 when the table inet mailfw is loaded"),

@@ -18,8 +18,8 @@ from typing import Any, Optional
 from mailfwlib import breakglass, familiar, files, metrics, netlink, ruleset, snapshot
 from mailfwlib.settings import Settings
 
-#: Seconds between two looks where the settings do not say, and how many times as long as a look took the pause after it
-#: is at least.
+#: Seconds between two looks where the settings do not say, and how many times the processor time of a look the pause
+#: after it is at least.
 LOOK, REST = 15.0, 50
 #: Seconds between two countings of the elements, on kernels that do not say how many there are.
 COUNT = 60.0
@@ -65,9 +65,9 @@ class Monitor:
     def _run(self) -> None:
         wait = 1.0  # The first look is soon, so that a restart leaves no gap.
         while not self._stopping.wait(wait):
-            began = time.monotonic()
+            began = time.thread_time()  # Waiting for a disk takes nothing from anybody.
             self._attempt(self._look)
-            self._seconds = time.monotonic() - began
+            self._seconds = time.thread_time() - began
             wait = max((self._settings().get("metrics") or {}).get("interval", LOOK), REST * self._seconds)
         self._attempt(self.familiar.save)
 
@@ -78,7 +78,7 @@ class Monitor:
             self._complaint = ""
         except Exception as err:
             if str(err) != self._complaint:
-                log.exception("the metrics cannot be written")
+                log.error("no metrics: %s", err, exc_info=not isinstance(err, OSError))
             self._complaint = str(err)
 
     def _look(self) -> None:
@@ -87,12 +87,13 @@ class Monitor:
         settings, now, kernel = self._settings(), time.time(), netlink.Kernel()
         if kernel.sets():
             found = familiar.refused(kernel, self.familiar, settings, now)
-            self._watch.look(found, settings["enforce"], now)
+            for sentence in self._watch.look(found, settings["enforce"], now):
+                log.warning("%s", sentence)
         if settings.get("metrics"):
-            self._write(Path(settings["metrics"]["directory"]), self._facts(settings, kernel))
+            self._write(Path(settings["metrics"]["directory"]), self._facts(settings, kernel, now))
 
-    def _facts(self, settings: Settings, kernel: netlink.Kernel) -> metrics.Facts:
-        now, agent, record = time.time(), self._status(), ruleset.loaded()
+    def _facts(self, settings: Settings, kernel: netlink.Kernel, now: float) -> metrics.Facts:
+        agent, record = self._status(), ruleset.loaded()
         return metrics.Facts(
             now=now,
             seconds=self._seconds,
@@ -116,9 +117,10 @@ class Monitor:
         levels = kernel.levels()
         if all(level.elements is not None for level in levels.values()):
             return levels
-        if (began := time.monotonic()) >= self._next_count:
+        if time.monotonic() >= self._next_count:
+            began = time.thread_time()
             self._counted = {name: kernel.count(name) for name in levels}
-            self._next_count = time.monotonic() + max(COUNT, REST * (time.monotonic() - began))
+            self._next_count = time.monotonic() + max(COUNT, REST * (time.thread_time() - began))
         return {name: level._replace(elements=self._counted.get(name)) for name, level in levels.items()}
 
     def _write(self, directory: Path, facts: metrics.Facts) -> None:
@@ -130,7 +132,7 @@ class Monitor:
         except OSError as err:
             if err.errno == errno.EROFS and self._was_missing:
                 # It was made after systemd has given this process its view of the disk. No login is lost by a restart.
-                log.info("%s is there now; the agent starts again to write to it", directory)
+                log.info("%s is there now: starting again, to write to it", directory)
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             raise

@@ -99,7 +99,16 @@ class Host(Namespace):
     @staticmethod
     def _make_mounts(directory: Path) -> int:
         """Make a mount namespace; return its file descriptor, with which it ends."""
-        for name in ("settings", "etc/mailfw", "etc/nftables.d", "rules", "lib/mailfw", "state", "var/mailfw"):
+        for name in (
+            "settings",
+            "etc/mailfw",
+            "etc/nftables.d",
+            "rules",
+            "lib/mailfw",
+            "state",
+            "var/mailfw",
+            "var/prometheus",
+        ):
             (directory / name).mkdir(parents=True)
         (directory / "lib/mailfw/mailfwlib").symlink_to(REPOSITORY / "_utils/mailfwlib")
         tools = ("ruleset/files/mailfw-rules", "ruleset/files/mailfw-open")
@@ -116,6 +125,7 @@ class Host(Namespace):
             f"mount -t overlay -o lowerdir={directory}/lib:/usr/lib overlay /usr/lib",
             f"mount -t overlay -o lowerdir={directory}/var:/var/lib overlay /var/lib",
             f"mount --bind {directory}/state /var/lib/mailfw",
+            "mount -t tmpfs tmpfs /var/lib/prometheus",
         )
         for mount in mounts:
             subprocess.run(mount.split(), check=True)
