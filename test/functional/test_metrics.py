@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mailfwlib import breakglass, familiar, netlink, parse, ruleset
+from mailfwlib import breakglass, elements, familiar, netlink, parse, ruleset
 from mailfwlib.metrics import METRICS, NO_ROOM, PLAIN
 from mailfwlib.rules import TALLIED
 from mailfwlib.settings import METRICS_DIRECTORY
@@ -149,6 +149,7 @@ def test_rules_that_are_gone_or_open_are_told(agent: Agent, loaded: Firewall, ho
 def test_nothing_is_written_where_nobody_looks(loaded: Firewall, host: Host, tmp_path: Path) -> None:
     """And as soon as somebody does, it is."""
     with closing(Agent(host, tmp_path, PILLAR)) as agent:
+        agent.status()  # it has started
         time.sleep(1.5)  # a look
         assert not host.call(FILE.parent.exists)
         assert "metrics" not in agent.log()
@@ -165,6 +166,7 @@ def test_nothing_is_written_where_nobody_looks(loaded: Firewall, host: Host, tmp
 def test_agent_that_cannot_write_to_a_new_directory_starts_again(loaded: Firewall, host: Host, tmp_path: Path) -> None:
     """Systemd has shown it the disk as it was before; a directory that was always read-only is no reason."""
     with closing(Agent(host, tmp_path, PILLAR)) as agent:
+        agent.status()  # it has started
         time.sleep(1.5)  # a look
         host.call(FILE.parent.mkdir, parents=True)
         host.run("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(FILE.parent))
@@ -226,7 +228,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 def refuse(firewall: Firewall, client: Client, family: str, kind: str) -> None:
     source = client.addresses(family)[0]
     if kind == "ban of a network":
-        network = {"ipv4": "198.51.100.0", "ipv6": "2001:db8:a::"}[family]
+        network = elements.network_key(parse.address(source), firewall.settings)
         firewall.run(f"add element inet mailfw banned_networks_dovecot_{family} {{ {network} }}")
     elif kind == "block":
         firewall.block(source)

@@ -1,0 +1,28 @@
+"""The agent, as systemd confines it, writes metrics as soon as there is a node_exporter."""
+
+from __future__ import annotations
+
+from mailfwlib.settings import METRICS_DIRECTORY
+from support import lab
+
+from .conftest import on_both_hosts
+
+FILE = f"{METRICS_DIRECTORY}/mailfw.prom"
+
+
+@on_both_hosts
+def test_metrics_are_written_once_node_exporter_is_there(fleet, host):
+    """Though the agent was started before its directory was there; mailfw.clean takes the file away."""
+    assert lab.run(host, "find", "/var/lib/prometheus", check=False) == ""
+    lab.run(host, "mkdir", "-p", METRICS_DIRECTORY)
+    try:
+        lab.wait_until(lambda: "mailfw_rules_loaded 1\n" in lab.run(host, "cat", FILE, check=False), "it is written")
+        assert lab.run(host, "stat", "-c", "%a %U", FILE) == "644 root\n"
+        restarts = lab.run(host, "systemctl", "show", "-P", "NRestarts", "mailfw-agent")
+        written = lab.run(host, "stat", "-c", "%Y", FILE)
+        lab.wait_until(lambda: lab.run(host, "stat", "-c", "%Y", FILE) != written, "it is written again")
+        assert lab.run(host, "systemctl", "show", "-P", "NRestarts", "mailfw-agent") == restarts
+        removed = lab.salt(host, "state.sls_id", "mailfw agent is removed", "mailfw.agent.clean", "test=True")[host]
+        assert FILE in str(removed)
+    finally:
+        lab.run(host, "rm", "-r", "/var/lib/prometheus")
