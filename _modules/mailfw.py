@@ -952,7 +952,7 @@ def status():
         "rules": rules_are,
         "sets": {name: f"{fill[name]} of {size}" for name, size in sizes.items()},
         "decisions": _counters(),
-        "warnings": [is_open] * bool(is_open) + _full(fill, sizes) + _unguarded(host) + _neighbours(host),
+        "warnings": [is_open] * bool(is_open) + _full(fill, sizes) + _unguarded(host) + _neighbours(host) + _familiar(),
     }
 
 
@@ -968,6 +968,15 @@ def drift():
         salt mx1 mailfw.drift
     """
     return apply_(test=True)["diff"]
+
+
+def _familiar():
+    """Return a warning when addresses are refused that have logged in within 30 days."""
+    try:
+        refused = json.loads(client.ask("status")).get("refused_addresses")
+    except client.AgentError:
+        return []
+    return [f"familiar addresses are refused: {refused}; see docs/metrics.md"] if refused else []
 
 
 def _counters():

@@ -55,7 +55,7 @@ class SetElement(NamedTuple):
 
 
 class Level(NamedTuple):
-    """How full a set is: its elements, None where the kernel does not say (before 6.17), and how many it takes."""
+    """How full a set is: its elements, None where the kernel is too old to say, and how many it takes."""
 
     elements: Optional[int]
     size: int
