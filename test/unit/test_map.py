@@ -81,6 +81,24 @@ def test_roles_of_no_use_render(imported, roles):
     imported({"mailfw": {"roles": roles}})
 
 
+@pytest.fixture
+def directory(render):
+    """Return a function that returns where states expect metrics."""
+    template = '{%- from "mailfw/map.jinja" import metrics_directory with context %}{{ metrics_directory | json }}'
+    return lambda pillar: json.loads(render(template, {"mailfw": pillar}))
+
+
+@pytest.mark.parametrize(
+    "pillar", [*BROKEN, {"metrics": {}}, {"metrics": False}, {"metrics": {"directory": [5]}}], ids=repr
+)
+def test_metrics_are_expected_where_the_schema_says(directory, pillar):
+    assert directory(pillar) == settings.resolve({})["metrics"]["directory"]
+
+
+def test_metrics_are_expected_where_the_pillar_says(directory):
+    assert directory({"metrics": {"directory": "/srv/text", "interval": "1m"}}) == "/srv/text"
+
+
 @pytest.mark.parametrize(
     ("os_family", "libexec"),
     [("Debian", "/usr/lib/dovecot"), ("RedHat", "/usr/libexec/dovecot"), ("Plan9", "/usr/lib/dovecot")],

@@ -98,6 +98,29 @@ def test_manual_has_every_alert(root):
     assert re.findall(r"^\| `(Mailfw\w+)` \| (\w+) \|", (root / "docs/metrics.md").read_text(), re.M) == wanted
 
 
+BAD = [
+    "",
+    "metrics",
+    "metrics/text",
+    "/",
+    "/srv/",
+    "/srv//text",
+    "/srv/../etc",
+    "/srv/te xt",
+    "/srv/%i",
+    "/srv/a\nb",
+    5,
+    None,
+]
+
+
+@pytest.mark.parametrize("directory", BAD, ids=repr)
+def test_directory_is_one_that_a_unit_can_name(directory):
+    with pytest.raises(settings.SettingsError, match=r"mailfw:metrics:directory: .*expected the absolute path"):
+        settings.resolve({"metrics": {"directory": directory}})
+    assert settings.resolve({"metrics": {"directory": "/srv/a_b/c-1.d"}})["metrics"]["directory"] == "/srv/a_b/c-1.d"
+
+
 def known(expression):
     """Return whether an expression names metrics of this host only, with the labels that they have."""
     names = set(re.findall(r"\bmailfw_\w+", expression))

@@ -262,6 +262,8 @@ WRONG = [
     ({"sizes": {"observed": True}}, "mailfw:sizes:observed: True: expected a whole number from 1 to 16777216"),
     ({"sizes": {"older": 5}}, "mailfw:sizes:older: unknown key"),
     ({"reports": True}, "mailfw:reports: True: expected false or a mapping such as {port: 4145}"),
+    ({"metrics": True}, "mailfw:metrics: True: expected false or a mapping such as {directory: "),
+    ({"metrics": {"interval": 0}}, "mailfw:metrics:interval: 0: expected a duration such as 90m"),
     ({"reports": {"port": 80}}, "mailfw:reports:port: 80: expected a whole number from 1024 to 65535"),
     ({"mark": 0}, "mailfw:mark: 0: expected two bits of 32, such as 0x03000000"),
     ({"mark": 7}, "mailfw:mark: 7: expected two bits of 32, such as 0x03000000"),
