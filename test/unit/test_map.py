@@ -2,6 +2,7 @@
 
 import json
 
+import jinja2
 import pytest
 import salt.config
 import salt.modules.grains
@@ -97,6 +98,31 @@ def test_metrics_are_expected_where_the_schema_says(directory, pillar):
 
 def test_metrics_are_expected_where_the_pillar_says(directory):
     assert directory({"metrics": {"directory": "/srv/text", "interval": "1m"}}) == "/srv/text"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "allowed", "removed"),
+    [
+        ({}, ["-/var/lib/prometheus/node-exporter"], None),
+        ({"directory": "/srv/text"}, ["-/srv/text"], None),
+        (False, [], "/var/lib/prometheus/node-exporter/mailfw.prom"),
+    ],
+    ids=repr,
+)
+def test_agent_may_write_metrics_where_the_pillar_says(render, root, metrics, allowed, removed):
+    """And nowhere without them; the directory need not be there when the agent starts."""
+    agent = root / "mailfw/agent"
+    states = yaml.safe_load(render((agent / "init.sls").read_text(), {"mailfw": {"metrics": metrics}}))
+    names = states["mailfw agent can be started"]["file.managed"][0]["names"]
+    ((_, options),) = (
+        pair for one in names if isinstance(one, dict) for pair in one.items() if "agent.service" in pair[0]
+    )
+    (context,) = (one["context"] for one in options if "context" in one)
+    unit = jinja2.Template((agent / "files/mailfw-agent.service").read_text()).render(context)
+    written = [path for line in unit.splitlines() if line.startswith("ReadWritePaths=") for path in line[15:].split()]
+    assert written == ["/run/mailfw", "/var/lib/mailfw", *allowed]
+    gone = states.get("mailfw agent writes no metrics", {"file.absent": [{"name": None}]})
+    assert gone["file.absent"][0]["name"] == removed
 
 
 @pytest.mark.parametrize(
