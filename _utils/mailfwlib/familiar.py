@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mailfwlib import breakglass, elements, netlink, rules
+from mailfwlib import breakglass, elements, netlink, parse, rules
 from mailfwlib.journal import DIRECTORY, Journal
 from mailfwlib.parse import Address
 from mailfwlib.settings import FAMILIES, Settings
@@ -45,7 +45,7 @@ class Familiar:
     """Who has logged in within 30 days. Logins are noted in one thread, and kept on disk by another one."""
 
     def __init__(self, path: Path = DIRECTORY / "familiar"):
-        self._journal = Journal(path, 2 * MOST)
+        self._journal = Journal(path, 2 * MOST, parse.address)
         self._lock = threading.Lock()
         #: Address -> Unix time of its last login; the last noted is the last.
         self._seen = dict(sorted(self._journal.load().items(), key=lambda one: one[1]))
