@@ -30,9 +30,12 @@ import salt.utils.yaml
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 from mailfwlib import (
+    __version__,
     audit,
     breakglass,
     client,
+    doctor,
+    doctor_mail,
     dovecot,
     elements,
     files,
@@ -53,7 +56,7 @@ from mailfwlib import settings as schema
 log = logging.getLogger(__name__)
 
 __virtualname__ = "mailfw"
-__func_alias__ = {"apply_": "apply", "open_": "open"}
+__func_alias__ = {"apply_": "apply", "open_": "open", "doctor_": "doctor"}
 
 SETTINGS = "/etc/mailfw/settings.json"
 TREE = "salt://mailfw"
@@ -977,6 +980,61 @@ def _familiar():
     except client.AgentError:
         return []
     return [f"familiar addresses are refused: {refused}; see docs/metrics.md"] if refused else []
+
+
+def doctor_():
+    """
+    Check everything that has to be right on this host for mailfw, and say for each thing that is not what to do.
+
+    Returns ``ok`` (what is right), ``failed`` (what is not: ``found`` and what to ``do``), ``skipped`` (what there is
+    nothing to check for, and why), and the ``host``'s version, keys and time, for the master to compare. Commands are
+    for root on this host. Nothing is changed. The exit status is 1 when something failed.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.doctor
+    """
+    saved, pillar = _settings_for_doctor(), _pillar_for_doctor()
+    keys = saved["fleet"]["keys"] if saved else []
+    host = doctor.Host(saved, pillar, [] if keys else _ask_master(), _unguarded, _switched_off())
+    found = doctor.examine(host, doctor.CHECKS + doctor_mail.CHECKS)
+    if found["failed"]:
+        __context__["retcode"] = 1
+    fingerprints = [messages.fingerprint(key) for key in keys]
+    return {**found, "host": {"version": __version__, "keys": fingerprints, "time": time.time()}}
+
+
+def _settings_for_doctor():
+    try:
+        return _host_settings()
+    except (CommandExecutionError, ValueError):
+        return None
+
+
+def _pillar_for_doctor():
+    """Return the pillar's settings, or what is wrong with them; None when it is not the master's pillar."""
+    if __opts__.get("local"):
+        return None
+    try:
+        return schema.resolve(__pillar__.get("mailfw"))
+    except schema.SettingsError as err:
+        return str(err)
+
+
+def _ask_master():
+    """Return what this host's master answers a mail host without a key: a list, if it serves a fleet."""
+    try:
+        return __salt__["publish.runner"]("mailfw.trusts", [""])
+    except Exception as err:
+        return str(err)
+
+
+def _switched_off():
+    """Return the services that pillar switches off."""
+    pillar = __pillar__.get("mailfw") or {}
+    return [name for name, entry in (pillar.get("services") or {}).items() if entry is False]
 
 
 def _counters():

@@ -20,12 +20,12 @@ import salt.client
 import salt.utils.files
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
-from mailfwlib import audit, breakglass, messages, people
+from mailfwlib import audit, breakglass, doctor, doctor_master, messages, people
 
 log = logging.getLogger(__name__)
 
 __virtualname__ = "mailfw"
-__func_alias__ = {"open_": "open"}
+__func_alias__ = {"open_": "open", "doctor_": "doctor"}
 
 #: Seconds in which messages are collected into one job, once the first of a quiet period has been published.
 WINDOW = 0.25
@@ -333,11 +333,7 @@ def _tell_all(function, arguments, done_by):
     hosts = _mail_hosts()
     if not hosts:
         raise CommandExecutionError("mailfw: this master knows no mail host: none has signed anything for seven days")
-    # By name: Salt would take a reason such as "ticket=17" for a named argument.
-    with salt.client.get_local_client(mopts=__opts__) as client:
-        answers = client.cmd_full_return(
-            hosts, function, kwarg=arguments, tgt_type="list", timeout=max(PATIENCE, __opts__["timeout"])
-        )
+    answers = _answers(hosts, function, arguments)
     done, failed = {}, {}
     for host, returned in answers.items():
         said = returned["ret"]
@@ -349,3 +345,52 @@ def _tell_all(function, arguments, done_by):
     silent = sorted(set(hosts) - answers.keys())
     # Salt makes retcode the exit status.
     return {"hosts": done, "failed": failed, "no answer": silent, "retcode": int(bool(failed or silent))}
+
+
+def _answers(hosts, function, arguments):
+    """Call a function on some hosts, with one job; return what Salt has of each that answered."""
+    # By name: Salt would take a reason such as "ticket=17" for a named argument.
+    with salt.client.get_local_client(mopts=__opts__) as client:
+        return client.cmd_full_return(
+            hosts, function, kwarg=arguments, tgt_type="list", timeout=max(PATIENCE, __opts__["timeout"])
+        )
+
+
+def doctor_():
+    """
+    Run ``mailfw.doctor`` on all mail hosts, and check what only the master can know: its own configuration for the
+    fleet, and whether the hosts' keys and clocks are its own.
+
+    Returns for the ``master`` and for each of the ``hosts`` what is wrong and what to do about it, or that all is well,
+    and names the hosts that fail to look and those that do not answer. salt-run's exit status is 1 if any of these is
+    not well.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-run mailfw.doctor
+    """
+    hosts = _mail_hosts()
+    master = doctor_master.Master(__opts__, hosts)
+    own = doctor.examine(master, doctor_master.CHECKS)
+    asked = time.time()
+    answers = _answers(hosts, "mailfw.doctor", {}) if hosts else {}
+    answered = time.time()
+    found, failed = {}, {}
+    for host, answer in answers.items():
+        said = answer["ret"]
+        try:
+            wrong = doctor_master.of_host(said, master.keys, asked, answered)
+            found[host] = wrong or f"all is well: {len(said['ok'])} checks, {len(said['skipped'])} not for this host"
+        except (LookupError, TypeError, ValueError):
+            failed[host] = said
+    silent = sorted(set(hosts) - answers.keys())
+    ill = own["failed"] or failed or silent or any(isinstance(one, dict) for one in found.values())
+    return {
+        "master": own["failed"] or f"all is well: {len(own['ok'])} checks",
+        "hosts": found,
+        "failed": failed,
+        "no answer": silent,
+        "retcode": int(bool(ill)),
+    }

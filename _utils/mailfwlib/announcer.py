@@ -88,10 +88,11 @@ class Announcer:
                 self._wait = FIRST_WAIT
 
     def status(self) -> dict[str, Any]:
-        """Return how many logins have had no echo so far, how many were dropped, and when the last echo came."""
+        """Return how many logins have had no echo so far, when the oldest was, how many were dropped, the last echo."""
         with self._wake:
-            outbox = len(self._unanswered())
-            return {"outbox": outbox, "dropped": self._dropped, "last_echo": self._last_echo}
+            waiting = self._unanswered()
+            oldest = min(waiting.values(), default=None)
+            return {"outbox": len(waiting), "oldest": oldest, "dropped": self._dropped, "last_echo": self._last_echo}
 
     def _unanswered(self) -> dict[Pair, float]:
         """Return the logins that have had no echo so far."""

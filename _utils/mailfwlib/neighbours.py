@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,6 +39,11 @@ def warnings(settings: Settings) -> list[str]:
         *untracked(found, settings),
         *kernel_settings.warnings(),
     ]
+
+
+def is_certain(sentence: str) -> bool:
+    """Return whether one of these sentences is about what happens, and not about what may."""
+    return not re.search(r" may (drop|reject|change|keep) ", sentence)
 
 
 def refusals(found: list[Table], settings: Settings) -> list[str]:

@@ -196,6 +196,21 @@ def _users(value: Any) -> str:
     return "off" if value is False else _choice("hash", "plain", "off")(value)
 
 
+def _names(value: Any) -> dict[str, str]:
+    """Return service -> host name."""
+    if not isinstance(value, dict):
+        raise ValueError("expected a mapping of services to host names, such as {imap: imap.example.org}")
+    problems: list[tuple[str, Any, str]] = []
+    for service, name in value.items():
+        if service not in LOGIN_SERVICES:
+            problems.append(("", service, f"expected one of {', '.join(LOGIN_SERVICES)}"))
+        elif not isinstance(name, str) or not re.fullmatch(r"(?!-)[A-Za-z0-9._-]{1,253}", name):
+            problems.append((f":{service}", name, "expected a host name such as imap.example.org"))
+    if problems:
+        raise _NestedError(problems)
+    return dict(value)
+
+
 class _NestedError(ValueError):
     """Problems inside a value: (the rest of the path, the value, the sentence) for each."""
 
@@ -297,6 +312,9 @@ SCHEMA: dict[str, Any] = {
         "rates": Option(_whole(1, 2**24), 65536, "sources whose rate is measured, for each role and family"),
         "waiting": Option(_whole(1, 2**24), 65536, "sources that hold keeps waiting, for each family"),
         "observed": Option(_whole(1, 2**24), 65536, "who would have been refused, for each family"),
+    },
+    "doctor": {
+        "names": Option(_names, {}, "the names by which clients reach services, for mailfw.doctor to look up"),
     },
     "mark": Option(_two_bits, 0x03000000, "the two bits of the connection mark that mailfw uses"),
     "fleet": {

@@ -25,7 +25,7 @@ def connections(ports: Iterable[int]) -> list[tuple[Address, int, int]]:
     ports, found = list(ports), []
     if not ports:
         return []
-    for line in _ss("-Htn", "state", "established", "state", "close-wait", *_to(ports)).splitlines():
+    for line in ss("-Htn", "state", "established", "state", "close-wait", *_to(ports)).splitlines():
         local, client = line.split()[-2:]
         address, _, client_port = client.rpartition(":")
         found.append((parse.address(address.strip("[]")), int(client_port), int(local.rpartition(":")[2])))
@@ -35,7 +35,7 @@ def connections(ports: Iterable[int]) -> list[tuple[Address, int, int]]:
 def listening() -> set[int]:
     """Return the local ports that somebody listens on, for more than the host itself. Raises SocketsError."""
     found = set()
-    for line in _ss("-Htnl").splitlines():
+    for line in ss("-Htnl").splitlines():
         address, _, port = line.split()[3].rpartition(":")
         if not address.startswith(("127.", "[::1]", "[::ffff:127.")):
             found.add(int(port))
@@ -53,7 +53,7 @@ def end(network: Network, ports: Iterable[int], spared: Iterable[str] = ()) -> i
         return 0
     others = [word for other in spared for word in ("and", "not", "dst", other)]
     return len(
-        _ss(
+        ss(
             "-HtnK", "state", "connected", "exclude", "time-wait", "dst", str(network), *others, "and", *_to(ports)
         ).splitlines()
     )
@@ -79,7 +79,8 @@ def _to(ports: Iterable[int]) -> list[str]:
     return ["(", *" or ".join(f"sport = :{port}" for port in ports).split(), ")"]
 
 
-def _ss(*arguments: str) -> str:
+def ss(*arguments: str) -> str:
+    """Return what ss prints. Raises SocketsError."""
     try:
         done = subprocess.run(["ss", *arguments], capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except (OSError, subprocess.TimeoutExpired) as err:

@@ -115,6 +115,8 @@ class Host(Namespace):
         for name in ("agent/files/mailfw-agent", "dovecot/files/login_hook.py", *tools):
             copied = shutil.copy(REPOSITORY / "mailfw" / name, directory / "lib/mailfw")
             os.chmod(copied, 0o755)
+        shutil.copy(REPOSITORY / "mailfw/dovecot/files/login-hook.sh", directory / "lib/mailfw/login-hook")
+        (directory / "lib/mailfw/login-hook").chmod(0o755)
         _system_call("unshare", CLONE_NEWNS)
         mounts = (
             "mount --make-rprivate /",

@@ -265,6 +265,16 @@ WRONG = [
     ({"metrics": True}, "mailfw:metrics: True: expected false or a mapping such as {directory: "),
     ({"metrics": {"interval": 0}}, "mailfw:metrics:interval: 0: expected a duration such as 90m"),
     ({"reports": {"port": 80}}, "mailfw:reports:port: 80: expected a whole number from 1024 to 65535"),
+    (
+        {"doctor": {"names": ["imap.example.org"]}},
+        "mailfw:doctor:names: ['imap.example.org']: expected a mapping of",
+    ),
+    (
+        {"doctor": {"names": {"http": "www"}}},
+        "mailfw:doctor:names: 'http': expected one of submission, submissions",
+    ),
+    ({"doctor": {"names": {"imap": "a b"}}}, "mailfw:doctor:names:imap: 'a b': expected a host name such as"),
+    ({"doctor": {"names": {"imap": 7}}}, "mailfw:doctor:names:imap: 7: expected a host name such as"),
     ({"mark": 0}, "mailfw:mark: 0: expected two bits of 32, such as 0x03000000"),
     ({"mark": 7}, "mailfw:mark: 7: expected two bits of 32, such as 0x03000000"),
     ({"mark": 2**32}, "mailfw:mark: 4294967296: expected two bits of 32, such as 0x03000000"),
