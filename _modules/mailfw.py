@@ -27,6 +27,7 @@ from pathlib import Path
 import salt.utils.files
 import salt.utils.user
 import salt.utils.yaml
+import salt.version
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 from mailfwlib import (
@@ -44,6 +45,7 @@ from mailfwlib import (
     neighbours,
     netlink,
     nft,
+    overview,
     parse,
     people,
     rules,
@@ -56,7 +58,7 @@ from mailfwlib import settings as schema
 log = logging.getLogger(__name__)
 
 __virtualname__ = "mailfw"
-__func_alias__ = {"apply_": "apply", "open_": "open", "doctor_": "doctor"}
+__func_alias__ = {"apply_": "apply", "open_": "open", "doctor_": "doctor", "overview_": "overview"}
 
 SETTINGS = "/etc/mailfw/settings.json"
 TREE = "salt://mailfw"
@@ -957,6 +959,52 @@ def status():
         "decisions": _counters(),
         "warnings": [is_open] * bool(is_open) + _full(fill, sizes) + _unguarded(host) + _neighbours(host) + _familiar(),
     }
+
+
+def overview_():
+    """
+    Say how this host is, in one row: what ``salt-run mailfw.status`` shows of each host.
+
+    ``trusted``, ``banned`` and ``blocked`` are addresses, with those of the last hour in brackets; ``drift`` whether
+    what is loaded differs from the rule files; ``warnings`` how many :py:func:`status` has, but for those about full
+    sets; times are ages.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.overview
+    """
+    host, loaded = _host_settings(), _kernel(lambda kernel: kernel.has(breakglass.SET), "the rules")
+    agent = _agent_of_host()
+    return {
+        "mode": overview.modes(host),
+        "rules": overview.in_force(loaded, opening(), host),
+        **_kernel(overview.counts, "the sets"),
+        "drift": bool(drift()),
+        "agent": "runs" if agent else "NO ANSWER",
+        "outbox": agent.get("outbox"),
+        "last echo": overview.ago(agent.get("last_echo")),
+        "snapshot": overview.ago(agent.get("last_snapshot")),
+        "warnings": len(_unguarded(host) + _neighbours(host)),
+        "keys": [messages.fingerprint(key) for key in host["fleet"]["keys"]],
+        "versions": f"mailfw {agent.get('version', '?')}, nft {_nft_version()}, Salt {salt.version.__version__}",
+    }
+
+
+def _agent_of_host():
+    """Return what the agent says of itself, nothing when it does not answer."""
+    try:
+        return json.loads(client.ask("status", timeout=2))
+    except client.AgentError:
+        return {}
+
+
+def _nft_version():
+    try:
+        return nft.command("--version").split()[1].removeprefix("v")
+    except (nft.NftError, IndexError):
+        return "?"
 
 
 def drift():

@@ -1,6 +1,6 @@
 """
-The fleet of mail hosts, seen from the master: takes the logins that mail hosts announce and publishes them to all, is
-the way out for all of them, and ends what a user has earned on all of them.
+The fleet of mail hosts, seen from the master: takes the logins that mail hosts announce and publishes them to all; asks
+all of them what an operator wants to know, and tells them the verbs of the execution module.
 
 The fleet's keys are in the master's configuration (``mailfw:keys`` in ``master.d/mailfw.conf``, written by the state
 ``mailfw.reactor``). What is not signed under one of them is dropped here already, and a minion is a mail host of the
@@ -20,7 +20,7 @@ import salt.client
 import salt.utils.files
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
-from mailfwlib import audit, breakglass, doctor, doctor_master, messages, people
+from mailfwlib import audit, breakglass, doctor, doctor_master, messages, overview, people
 
 log = logging.getLogger(__name__)
 
@@ -323,6 +323,176 @@ def _forget_user(keys, now):
 
 def _revoked(said):
     return said if "revoked" in said and "problems" not in said else None
+
+
+def status():
+    """
+    Return a table of all mail hosts: mode, whether the rules are in force, how many addresses are trusted, banned and
+    blocked (in brackets since an hour ago), drift, agent, what waits for its echo, age of the last echo and of the
+    snapshot, warnings, the fingerprints of the keys, versions; and where hosts differ that should not.
+
+    Reads need no host to answer: who fails and who does not answer within ten seconds is named, and the exit status is
+    1 then.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-run mailfw.status
+        salt-run mailfw.status --out=json
+    """
+    found = _ask_all("mailfw.overview", {})
+    differ = overview.differing(found["hosts"], ("keys", "versions"))
+    return {"data": {**found, "differ": differ}, "outputter": "mailfw"}
+
+
+def explain(address, service=None):
+    """
+    Say how each mail host treats an address and why, and where hosts differ: see the function of that name there.
+
+    address
+        The address.
+
+    service
+        A service or port, or several with commas between them. Default: all of them.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-run mailfw.explain 192.0.2.1
+        salt-run mailfw.explain 192.0.2.1 submission
+    """
+    found = _ask_all("mailfw.explain", {"address": address, "service": service})
+    verdicts = {host: _words(said["verdicts"]) for host, said in found["hosts"].items()}
+    services = list(dict.fromkeys(service for words in verdicts.values() for service in words))
+    return {**found, "differ": overview.differing(verdicts, services)}
+
+
+def _words(verdicts):
+    """Return the first words of verdicts: accepted, limited or refused."""
+    return {service: verdict.partition(":")[0] for service, verdict in verdicts.items()}
+
+
+def who(address):
+    """
+    Return a table of all mail hosts: where an address is trusted, banned or blocked, and until when.
+
+    address
+        The address.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-run mailfw.who 192.0.2.1
+    """
+    found = _ask_all("mailfw.explain", {"address": address})
+    hosts = {host: _standing(said) for host, said in found["hosts"].items()}
+    return {"data": {**found, "hosts": hosts}, "outputter": "mailfw"}
+
+
+def _standing(said):
+    """Return what a host says of an address, in one row; what is the same for all services is said once."""
+    trusted = said["trusted"]
+    alike = set(trusted.values())
+    return {
+        "trusted": alike.pop() if len(alike) == 1 else [f"{service} {until}" for service, until in trusted.items()],
+        "banned": [f"{role} {until}" for role, until in said["banned"].items()],
+        "blocked": said["blocked"] or "",
+        "refused": [service for service, word in _words(said["verdicts"]).items() if word == "refused"],
+    }
+
+
+def trust(address, period=None, services=None, reason=""):
+    """
+    Trust an address or network on all mail hosts, and lift its bans: the parameters are those of the function of that
+    name in the execution module, as for the other verbs here.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-run mailfw.trust 192.0.2.1 period=5h reason="ticket 17"
+    """
+    return _tell("trust", address, period=period, services=services, reason=reason)
+
+
+def untrust(address, services=None, reason=""):
+    """
+    End an address's or network's trust on all mail hosts, and its sessions.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-run mailfw.untrust 192.0.2.1
+    """
+    return _tell("untrust", address, services=services, reason=reason)
+
+
+def unban(address, role=None, reason=""):
+    """
+    Lift the rate bans of a source or network on all mail hosts.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-run mailfw.unban 192.0.2.1
+    """
+    return _tell("unban", address, role=role, reason=reason)
+
+
+def block(address, period=None, reason=""):
+    """
+    Block a source or network on all mail hosts, and end its sessions.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-run mailfw.block 192.0.2.1 reason="ticket 17"
+    """
+    return _tell("block", address, period=period, reason=reason)
+
+
+def unblock(address, reason=""):
+    """
+    End the block of a source or network on all mail hosts.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-run mailfw.unblock 192.0.2.1
+    """
+    return _tell("unblock", address, reason=reason)
+
+
+def clear(address, reason=""):
+    """
+    Forget all that was earned by or made about an address or network on all mail hosts, but for blocks.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-run mailfw.clear 192.0.2.1
+    """
+    return _tell("clear", address, reason=reason)
+
+
+def _tell(verb, address, **arguments):
+    """Have all mail hosts do something about an address. They check the arguments, all alike."""
+    log.warning("mailfw: %s %r on all mail hosts, by an operator: %s", verb, address, arguments["reason"])
+    return _ask_all(f"mailfw.{verb}", {"address": address, **arguments})
+
+
+def _ask_all(function, arguments):
+    """Call a function that answers with a mapping on all mail hosts."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    return _tell_all(function, given, lambda said: said)
 
 
 def _tell_all(function, arguments, done_by):

@@ -235,11 +235,16 @@ class Fleet:
 
     def salt_run(self, *arguments: str) -> tuple[int, Any]:
         """Run a runner's function as an operator does on the master; return the exit status and what it returned."""
+        status, said = self.salt_run_shows("--out=json", *arguments)
+        return status, json.loads(said)
+
+    def salt_run_shows(self, *arguments: str) -> tuple[int, str]:
+        """The same with what is shown on a terminal."""
         script = str(self._factories.get_salt_script_path("salt-run"))
-        options = ["--config-dir", str(self.master.config_dir), "--out=json", "--log-level=error"]
+        options = ["--config-dir", str(self.master.config_dir), "--log-level=error"]
         done = self.host.run(self._factories.python_executable, script, *options, *arguments, check=False)
         assert done.stdout, done.stderr
-        return done.returncode, json.loads(done.stdout)
+        return done.returncode, done.stdout
 
     def wait_for_minions(self) -> None:
         """Wait until the mail hosts hear the master's jobs, as they do not at first after it was off."""
@@ -362,7 +367,7 @@ def _minion_overrides() -> dict[str, Any]:
 
 def _copy_formula(to: Path) -> None:
     """Copy what the formula consists of, so that nobody's edits change it while the tests run."""
-    for name in ("_modules", "_runners", "_states", "_utils", "mailfw"):
+    for name in ("_modules", "_output", "_runners", "_states", "_utils", "mailfw"):
         shutil.copytree(REPOSITORY / name, to / name, ignore=shutil.ignore_patterns("__pycache__"))
 
 

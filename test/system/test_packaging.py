@@ -34,7 +34,7 @@ def test_spm_package(tmp_path):
     installed = Path(paths["formula_path"])
     expected = [
         path.relative_to(checkout)
-        for top in ("mailfw", "_modules", "_states", "_runners", "_utils")
+        for top in ("mailfw", "_modules", "_output", "_runners", "_states", "_utils")
         for path in (checkout / top).rglob("*")
         if path.is_file()
     ]

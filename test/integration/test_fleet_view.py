@@ -1,0 +1,118 @@
+"""What an operator on the master sees of all mail hosts, and does on all of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from integration.fleet import Fleet, MailHost
+from integration.test_way_out import PATIENTLY
+from mailfwlib import __version__, messages
+
+
+@pytest.fixture(autouse=True)
+def _two_hosts(fleet: Fleet) -> None:
+    """The master knows mx1 and mx2 only."""
+    fleet.forget_hosts("id NOT IN ('mx1', 'mx2')")
+
+
+def test_status_has_a_row_for_each_host(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
+    trusted, banned = fleet.new_address(), fleet.new_address()
+    fleet.call(mx1, "mailfw.clear", trusted)
+    before = fleet.salt_run(*PATIENTLY, "mailfw.status")[1]["hosts"]["mx1"]
+    fleet.call(mx1, "mailfw.trust", trusted)
+    fleet.call(mx1, "mailfw.ban", banned)
+    status, said = fleet.salt_run(*PATIENTLY, "mailfw.status")
+    assert (status, said["failed"], said["no answer"], said["differ"]) == (0, {}, [], {})
+    assert said["hosts"].keys() == {"mx1", "mx2"}
+    row = said["hosts"]["mx1"]
+    for what in ("trusted", "banned"):
+        total, lately = (int(one.strip("()+")) for one in row[what].split())
+        assert total == int(before[what].split()[0]) + 1
+        assert 1 <= lately <= total
+    assert (row["mode"], row["rules"], row["drift"], row["agent"]) == ("autoban", "enforcing", False, "runs")
+    assert row["keys"] == [messages.fingerprint(fleet.key)]
+    assert row["versions"].startswith(f"mailfw {__version__}, nft ")
+    fleet.call(mx1, "mailfw.untrust", trusted)
+    fleet.call(mx1, "mailfw.unban", banned)
+
+
+def test_status_is_a_table_on_a_terminal(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
+    status, shown = fleet.salt_run_shows(*PATIENTLY, "mailfw.status")
+    heading, *rows = shown.splitlines()
+    assert status == 0
+    assert heading.split()[:4] == ["host", "mode", "rules", "trusted"]
+    assert [row.split()[:3] for row in rows] == [["mx1", "autoban", "enforcing"], ["mx2", "autoban", "enforcing"]]
+
+
+def test_status_names_who_does_not_answer_and_what_is_wrong(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
+    mx1.agent.stop()
+    try:
+        mx1.host.nft("add", "rule", "inet", "mailfw", "guarded", "ip", "saddr", "192.0.2.66", "accept")
+        with mx2.frozen():
+            status, said = fleet.salt_run("mailfw.status")
+    finally:
+        fleet.call(mx1, "mailfw.apply")
+        mx1.agent.start()
+    assert (status, said["no answer"]) == (1, ["mx2"])
+    row = said["hosts"]["mx1"]
+    assert (row["agent"], row["drift"]) == ("NO ANSWER", True)
+
+
+def test_explain_says_where_hosts_differ(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
+    address = fleet.new_address()
+    fleet.call(mx1, "mailfw.trust", address, services="submission")
+    fleet.call(mx2, "mailfw.block", address)
+    status, said = fleet.salt_run(*PATIENTLY, "mailfw.explain", address)
+    assert status == 0
+    assert said["differ"]["submission"] == {"accepted": ["mx1"], "refused": ["mx2"]}
+    assert said["differ"]["imap"] == {"limited": ["mx1"], "refused": ["mx2"]}
+    assert "smtp" not in said["differ"]
+    assert said["hosts"]["mx2"]["verdicts"]["imap"].startswith("refused: blocked")
+
+    said = fleet.salt_run(*PATIENTLY, "mailfw.explain", address, "imaps")[1]
+    assert said["hosts"]["mx1"]["verdicts"].keys() == {"imaps"}
+
+    said = fleet.salt_run(*PATIENTLY, "mailfw.who", address)[1]["hosts"]
+    assert said["mx1"]["trusted"].startswith("until ")
+    assert (said["mx1"]["refused"], said["mx2"]["trusted"]) == ([], [])
+    assert "submission" in said["mx2"]["refused"]
+    fleet.call(mx1, "mailfw.untrust", address)
+    fleet.call(mx2, "mailfw.unblock", address)
+
+
+def test_verbs_reach_all_hosts(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
+    address = fleet.new_address()
+
+    def tell(*arguments: str) -> None:
+        status, said = fleet.salt_run(*PATIENTLY, *arguments)
+        assert (status, said["failed"], said["hosts"].keys()) == (0, {}, {"mx1", "mx2"})
+
+    tell("mailfw.trust", address, "period=2h", "services=submission,imap", "reason=ticket=17")
+    for host in (mx1, mx2):
+        assert {port: 7100 < left <= 7200 for port, left in host.host.trusted()[address].items()} == {
+            587: True,
+            143: True,
+        }
+    tell("mailfw.untrust", address, "services=imap")
+    assert [host.host.trusted()[address].keys() for host in (mx1, mx2)] == [{587}] * 2
+    tell("mailfw.block", address, "period=1h")
+    assert all(address in str(host.host.elements("blocked_ipv4")) for host in (mx1, mx2))
+    tell("mailfw.unblock", address)
+    assert not any(address in str(host.host.elements("blocked_ipv4")) for host in (mx1, mx2))
+    for host in (mx1, mx2):
+        fleet.call(host, "mailfw.ban", address)
+    tell("mailfw.unban", address, "role=postfix")
+    assert [address in str(mx1.host.elements(f"banned_{role}_ipv4")) for role in ("postfix", "dovecot")] == [
+        False,
+        True,
+    ]
+    tell("mailfw.clear", address)
+    for host in (mx1, mx2):
+        assert address not in host.host.trusted()
+        assert address not in str(host.host.elements("banned_dovecot_ipv4"))
+
+
+def test_what_hosts_refuse_is_said_of_each(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
+    status, said = fleet.salt_run(*PATIENTLY, "mailfw.block", "mail.example.org")
+    assert (status, said["hosts"], said["failed"].keys()) == (1, {}, {"mx1", "mx2"})
+    assert "expected an IPv4 or IPv6 address" in str(said["failed"]["mx1"])

@@ -1,0 +1,82 @@
+"""A host in one row, and the table of all hosts."""
+
+import importlib.util
+
+import pytest
+
+from mailfwlib import overview, settings
+from mailfwlib.netlink import SetElement
+
+HOUR = 3600.0
+
+
+@pytest.fixture
+def outputter(root):
+    spec = importlib.util.spec_from_file_location("outputter", root / "_output/mailfw.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.__opts__ = {"color": False}
+    return module
+
+
+@pytest.mark.parametrize(
+    ("timeout", "left", "default", "expected"),
+    [
+        (100.0, 40.0, None, 60.0),
+        (None, 40.0, 100.0, 60.0),
+        (None, None, None, float("inf")),
+        (0.0, 0.0, 5.0, float("inf")),
+    ],
+)
+def test_age_goes_by_the_element_then_by_its_set(timeout, left, default, expected):
+    assert overview.age(SetElement("192.0.2.1", timeout, left, ""), default) == expected
+
+
+@pytest.mark.parametrize(
+    ("loaded", "is_open", "pillar", "expected"),
+    [
+        (False, "", {}, "NOT LOADED"),
+        (False, "open until", {}, "NOT LOADED"),
+        (True, "open until", {}, "OPEN"),
+        (True, "", {"enforce": False}, "observing"),
+        (True, "", {}, "enforcing"),
+    ],
+)
+def test_worst_state_is_said(loaded, is_open, pillar, expected):
+    assert overview.in_force(loaded, is_open, settings.resolve(pillar)) == expected
+
+
+def test_modes_of_single_services_are_named():
+    pillar = {"protection": {"type": "protected", "services": {"sieve": "private"}}, "fleet": {"keys": ["k1" * 20]}}
+    assert overview.modes(settings.resolve(pillar)) == "protected; sieve: private"
+
+
+def test_where_hosts_differ_is_said_by_value():
+    rows = {
+        "mx1": {"keys": ["a"], "mode": "x"},
+        "mx2": {"keys": ["b"], "mode": "x"},
+        "mx3": {"keys": ["a"], "mode": "x"},
+    }
+    assert overview.differing(rows, ["keys", "mode"]) == {"keys": {"['a']": ["mx1", "mx3"], "['b']": ["mx2"]}}
+
+
+def test_table_has_a_row_for_each_host(outputter):
+    rows = {"mx2": {"mode": "private", "keys": ["a", "b"]}, "mx1": {"mode": "autoban", "keys": [], "outbox": None}}
+    assert outputter.table(rows).splitlines() == [
+        "host  mode     keys  outbox",
+        "mx1   autoban        -",
+        "mx2   private  a, b",
+    ]
+
+
+def test_what_is_not_a_table_is_said_in_salts_own_form(outputter):
+    said = outputter.output({"hosts": {"mx1": {"mode": "autoban"}}, "failed": {}, "no answer": ["mx9"], "retcode": 1})
+    assert said.startswith("host  mode\nmx1   autoban\n\n")
+    assert "mx9" in said
+    assert "failed" not in said
+    assert "retcode" not in said
+
+
+@pytest.mark.parametrize("data", ["a sentence", {"hosts": {"mx1": "a sentence"}}, ["a sentence"]])
+def test_whatever_else_comes_is_shown(outputter, data):
+    assert "a sentence" in outputter.output(data)
