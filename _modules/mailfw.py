@@ -850,6 +850,61 @@ def explain(address, service=None):
     return _kernel(lambda kernel: explaining.explain(source, host, kernel, wanted), source)
 
 
+def why(user, service=None):
+    """
+    Say why a user can or cannot connect to this host: for each address from which the user has logged in lately, here
+    or on another host of the fleet, the last first: when that was, and how this host treats the address now. Returns
+
+    - ``user``, ``host``
+    - ``addresses``: address -> ``last_login``, and ``verdicts``, ``lately`` and ``advice`` as in :py:func:`explain`
+    - ``advice``: what to do when no login of the user is known
+
+    Logins are known for ``mailfw:trusted:period``, and at least for a day.
+
+    user
+        The user, as Dovecot logs the name. Upper and lower case are the same.
+
+    service
+        A service or port, or several, as a list or with commas between them. Default: all of them.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.why alice@example.org
+        salt mx1 mailfw.why alice@example.org submission
+    """
+    try:
+        user = people.name(user)
+    except ValueError as err:
+        raise SaltInvocationError(f"user {user!r:.80}: {err}") from err
+    host = _host_settings()
+    places = json.loads(_ask_agent("places", user))
+    addresses = {
+        _trusted_text(parse.address(address), host): {
+            "last_login": f"{overview.ago(at)} ago",
+            **{key: said for key, said in explain(address, service).items() if key in ("verdicts", "lately", "advice")},
+        }
+        for address, at in places.items()
+    }
+    return {
+        "user": user,
+        "host": host["host"]["id"],
+        "addresses": addresses,
+        "advice": [] if addresses else [_unknown_user(host)],
+    }
+
+
+def _unknown_user(host):
+    """Return what to do about a user of whom no login is known."""
+    if host["trusted"]["users"] == "off":
+        return "mailfw:trusted:users is off, so it is not known who logs in: ask for the address, and explain that"
+    return (
+        "no login of that name is known here: look how Dovecot logs it (with or without the domain), have the user "
+        "read mail once, or ask for the address, and explain that"
+    )
+
+
 def check(address):
     """
     Say for each of this host's services whether an address is accepted, and why: the short form of :py:func:`explain`.

@@ -374,6 +374,25 @@ def _words(verdicts):
     return {service: verdict.partition(":")[0] for service, verdict in verdicts.items()}
 
 
+def why(user, service=None):
+    """
+    Say why a user can or cannot connect to each mail host: see the function of that name there.
+
+    user
+        The user, as Dovecot logs the name.
+
+    service
+        A service or port, or several with commas between them. Default: all of them.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-run mailfw.why alice@example.org
+    """
+    return _ask_all("mailfw.why", {"user": user, "service": service})
+
+
 def who(address):
     """
     Return a table of all mail hosts: where an address is trusted, banned or blocked, and until when.

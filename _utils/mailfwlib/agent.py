@@ -14,6 +14,7 @@ request                             who may      what it does
 ``remember`` addresses ports until  root         never shortens a trust that an operator has given
 ``forget`` addresses                root         takes addresses for ones that never logged in
 ``revoke`` user                     root         ends what only that user's logins have earned, as JSON
+``places`` user                     root         says where that user has logged in from, as JSON
 ``again`` since                     root         trusts again who has logged in since then (Unix time)
 ``status``                          root         reports as JSON
 ==================================  ===========  =====================================================
@@ -60,6 +61,8 @@ MOST_LOGINS = 200_000
 WHOLE_SECONDS = 2.0
 #: A login waits so many seconds for an applier that replaces the sets; the hook waits for 250 ms in all.
 WAIT = 0.15
+#: Addresses of a user that are told.
+MOST_PLACES = 100
 #: Addresses that one request revokes.
 MOST_REVOKED = 500
 #: Users of whom it is remembered that an event has told of their roaming.
@@ -165,6 +168,8 @@ class Agent:
             return ""
         if verb == "revoke" and root and len(arguments) == 1:
             return self._revoke(arguments[0])
+        if verb == "places" and root and len(arguments) == 1:
+            return self._places(arguments[0])
         if verb == "again" and root and len(arguments) == 1:
             self._trust_again(float(arguments[0]))
             return ""
@@ -328,6 +333,15 @@ class Agent:
         if len(self._ended) > MOST_LOGINS:
             del self._ended[next(iter(self._ended))]
         self._ended_journal.append(key, self._ended[key], lambda: self._ended)
+
+    def _places(self, user: str) -> str:
+        """Return from where a user has logged in lately and when, the last first, as JSON. Raises RefusedError."""
+        try:
+            people.name(user)
+        except ValueError as err:
+            raise RefusedError(f"{user!r:.60}: {err}") from err
+        newest = sorted(self.people.places(user).items(), key=lambda place: -place[1])
+        return json.dumps({str(address): at for address, at in newest[:MOST_PLACES]})
 
     def _revoke(self, user: str) -> str:
         """End what only this user's logins have earned, at the first so many addresses; ``more``: others are left."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from integration.fleet import Fleet, MailHost
+from integration.fleet import Fleet, MailHost, wait_until_trusted
 from integration.test_way_out import PATIENTLY
 from mailfwlib import __version__, messages
 
@@ -78,6 +78,34 @@ def test_explain_says_where_hosts_differ(fleet: Fleet, mx1: MailHost, mx2: MailH
     assert "submission" in said["mx2"]["refused"]
     fleet.call(mx1, "mailfw.untrust", address)
     fleet.call(mx2, "mailfw.unblock", address)
+
+
+def test_why_a_user_cannot_send_is_one_question(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
+    home, hotel = fleet.new_address(), fleet.new_address()
+    user = f"user-{home}@example.org"
+    mx1.agent.login(home, user)
+    mx1.agent.login(hotel, user.upper())
+    wait_until_trusted(hotel, mx2)
+    fleet.call(mx2, "mailfw.block", home, reason="ticket 17")
+    status, said = fleet.salt_run(*PATIENTLY, "mailfw.why", user, "submission")
+    assert (status, said["failed"], said["no answer"]) == (0, {}, [])
+    for host in ("mx1", "mx2"):
+        assert said["hosts"][host]["addresses"].keys() == {home, hotel}
+        assert said["hosts"][host]["advice"] == []
+    assert list(said["hosts"]["mx1"]["addresses"]) == [hotel, home]
+    there = said["hosts"]["mx2"]["addresses"]
+    assert there[home]["verdicts"]["submission"].startswith("refused: blocked")
+    assert "ticket 17" in there[home]["verdicts"]["submission"]
+    assert there[home]["advice"]
+    assert there[hotel]["verdicts"]["submission"].startswith("accepted: trusted")
+    assert there[hotel]["last_login"].endswith("s ago")
+    fleet.call(mx2, "mailfw.unblock", home)
+
+
+def test_a_user_who_is_not_known_comes_with_advice(fleet: Fleet, mx1: MailHost) -> None:
+    said = fleet.call(mx1, "mailfw.why", "nobody-of-that-name")
+    assert said["addresses"] == {}
+    assert "how Dovecot logs it" in said["advice"][0]
 
 
 def test_verbs_reach_all_hosts(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
