@@ -16,6 +16,7 @@ request                             who may      what it does
 ``revoke`` user                     root         ends what only that user's logins have earned, as JSON
 ``places`` user                     root         says where that user has logged in from, as JSON
 ``again`` since                     root         trusts again who has logged in since then (Unix time)
+``renew`` address user...           root         renews the trust of addresses where users are still logged in
 ``status``                          root         reports as JSON
 ==================================  ===========  =====================================================
 """
@@ -35,7 +36,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any, Callable
 
@@ -48,6 +49,7 @@ from mailfwlib.monitor import Monitor
 from mailfwlib.parse import Address
 from mailfwlib.people import DAY, People, is_renewed
 from mailfwlib.reports import Reports
+from mailfwlib.sessions import LastLogins, Sessions
 from mailfwlib.settings import FAMILIES, ROLES, Settings, login_ports
 
 SETTINGS = Path("/etc/mailfw/settings.json")
@@ -96,8 +98,9 @@ class Agent:
         self._ended = {
             key: at for key, at in self._ended_journal.load().items() if at > time.time() - messages.OLDEST_LOGIN
         }
+        self._last_logins = LastLogins(self._ended)
         self.settings: Settings = {}
-        self.counts = {"logins": 0, "announced": 0, "received": 0, "refused": 0}
+        self.counts = {"logins": 0, "renewed": 0, "announced": 0, "received": 0, "refused": 0}
         self._reports: Reports | None = None
         self.refresh_settings()
         self.people = People(lambda: self.settings)
@@ -107,6 +110,7 @@ class Agent:
         #: Repairs of the rules that the keeper has made: since when elements may be missing, and what was altered.
         self._repairs: queue.SimpleQueue[tuple[float, list[str]]] = queue.SimpleQueue()
         self.keeper = Keeper(lambda since, altered: self._repairs.put((since, altered)))
+        self.sessions = Sessions(lambda: self.settings, _still_logged_in)
         self.bans = Bans(self._banned)
         self.monitor = Monitor(lambda: self.settings, self.status)
         self._recall()
@@ -173,6 +177,8 @@ class Agent:
         if verb == "again" and root and len(arguments) == 1:
             self._trust_again(float(arguments[0]))
             return ""
+        if verb == "renew" and root and len(arguments) % 2 == 0:
+            return str(self._renew(zip(arguments[::2], arguments[1::2])))
         if verb == "status" and root and not arguments:
             return json.dumps(self.status())
         self._complain(f"request {uid}", f"uid {uid} asked for {verb!r:.40}, which is not for it or not known")
@@ -183,27 +189,56 @@ class Agent:
             address = parse.address(address_text)
         except ValueError as err:
             raise RefusedError(f"{address_text!r:.60}: {err}") from err
+        now = time.time()
+        if reason := self._earn(address, user, now, "login"):
+            return f"{address} is not trusted: {reason}"
+        self.counts["logins"] += 1
+        self._last_logins.note(elements.trusted_key(address, self.settings), now)
+        return f"{address} is trusted"
+
+    def _earn(self, address: Address, user: str, now: float, by: str) -> str:
+        """Trust an address where a user is logged in, and tell of it if it is news. Return why not, if it is not.
+
+        Raises RefusedError.
+        """
         reason = elements.never_trusted(address, self.settings) or sockets.own_address(address)
         if not reason:
-            self.monitor.familiar.note(address, time.time())
+            self.monitor.familiar.note(address, now)
         ports = [] if reason else self._ports(address)
         if not ports:
-            return (
-                f"{address} is not trusted: {reason or 'no mailfw:trusted network admits it, and the mode is private'}"
-            )
-        now, period = time.time(), self.settings["trusted"]["period"]
+            return reason or "no mailfw:trusted network admits it, and the mode is private"
         key, who = elements.trusted_key(address, self.settings), self.people.key(user)
         if who and self._is_too_much(user, who, key, now):
-            return f"{address} is not trusted: mailfw:trusted:per_user: this user has enough addresses for today"
-        known = self.people.last(who, key) if who else self._earned.get(key, 0.0) - period
-        self._trust(address, ports, now + period)
+            return "mailfw:trusted:per_user: this user has enough addresses for today"
+        news, until = self._is_news(key, who, now), now + self.settings["trusted"]["period"]
+        self._trust(address, ports, until)
         self.people.note(who, key, now)
-        self.counts["logins"] += 1
-        if known <= self._ended.get(key, 0.0) or is_renewed((key, who), known, now, period):
+        if news:
             self.announcer.announce(key, now, who)
-            self._record_trust(address, ports, now + period, "login")
+            self._record_trust(address, ports, until, by)
             self.counts["announced"] += 1
-        return f"{address} is trusted"
+        return ""
+
+    def _is_news(self, key: Address, who: str, now: float) -> bool:
+        """Return whether that somebody is logged in somewhere is new, or new in this tenth of a period."""
+        period = self.settings["trusted"]["period"]
+        earned = self._earned.get(key, 0.0)
+        known = self.people.last(who, key) if who else earned - period
+        if known <= self._ended.get(key, 0.0) or is_renewed((key, who), known, now, period):
+            return True
+        return bool(now + period - earned >= period / 10)
+
+    def _renew(self, logged_in: Iterable[tuple[str, str]]) -> int:
+        """Trust again who has lately logged in on this host and still is; return how many that was news for."""
+        now, renewed = time.time(), 0
+        for text, user in logged_in:
+            address = parse.address(text)
+            key = elements.trusted_key(address, self.settings)
+            if self._last_logins.count(key) and self._is_news(key, self.people.key(user), now):
+                with contextlib.suppress(RefusedError):
+                    renewed += not self._earn(address, user, now, "session")
+        self.counts["renewed"] += renewed
+        return renewed
 
     def _record_trust(self, address: Address, ports: list[int], until: float, by: str) -> None:
         """Put a trust that is new, or has lost a tenth of its period, into the journal."""
@@ -329,6 +364,7 @@ class Agent:
         """Have what logins have earned for an address until now count no more."""
         self.monitor.familiar.forget(key)
         self._earned.pop(key, None)
+        self._last_logins.forget(key)
         self._ended[key] = time.time()
         if len(self._ended) > MOST_LOGINS:
             del self._ended[next(iter(self._ended))]
@@ -569,6 +605,12 @@ def _report(address: str, user: str) -> None:
         client.ask("login", address, user)
 
 
+def _still_logged_in(clients: list[tuple[str, str]]) -> None:
+    """Have the trust of some sessions, each an address and a user, renewed in turn with logins."""
+    with contextlib.suppress(client.AgentError):
+        client.ask("renew", *(text for one in clients for text in one))
+
+
 def _notify(state: str) -> None:
     """Tell systemd (sd_notify(3))."""
     path = os.environ.get("NOTIFY_SOCKET")
@@ -603,6 +645,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, stop)
     agent.announcer.start()
     agent.keeper.start()
+    agent.sessions.start()
     agent.bans.start()
     agent.monitor.start()
     _notify("READY=1")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 from collections.abc import Iterable
 
-from mailfwlib import parse
+from mailfwlib import parse, routes
 from mailfwlib.parse import Address, Network
 
 #: ss can hang only on a kernel that does not answer; no caller waits longer than this many seconds for it.
@@ -60,18 +59,11 @@ def end(network: Network, ports: Iterable[int], spared: Iterable[str] = ()) -> i
 
 
 def own_address(address: Address) -> str:
-    """Return a reason when an address is this host's own: the kernel reaches only those from themselves.
-
-    Asked of the routing table, without a packet. Binding would lie where ip_nonlocal_bind is set.
-    """
-    kind = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    """Return a reason when an address is this host's own: the kernel reaches only those from themselves."""
     try:
-        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
-            probe.connect((str(address), 9))
-            own = parse.address(probe.getsockname()[0]) == address
-    except (OSError, ValueError):
+        return "is this host's own" if routes.is_own(address) else ""
+    except OSError:
         return ""
-    return "is this host's own" if own else ""
 
 
 def _to(ports: Iterable[int]) -> list[str]:

@@ -116,6 +116,7 @@ def test_login_again_starts_the_period_anew(agent: Agent, loaded: Firewall, fami
 
 
 NEVER = ["127.0.0.1", "::1", "169.254.1.1", "fe80::1", "224.0.0.1", "ff02::1", "0.0.0.0", "::"]
+NEVER += ["127.255.255.254", "::ffff:169.254.1.1", "::ffff:224.0.0.1", "::ffff:0.0.0.0"]
 NEVER += ["198.51.100.77", "2001:db8:7::1", "::ffff:198.51.100.77", "::ffff:127.0.0.1", Host.ipv4, Host.ipv6]
 
 
@@ -125,6 +126,29 @@ def test_who_is_never_trusted(agent: Agent, loaded: Firewall, source: str) -> No
     assert not trusted(loaded, "ipv4")
     assert not trusted(loaded, "ipv6")
     assert agent.status()["outbox"] == 0
+
+
+@pytest.fixture
+def more_addresses(host: Host) -> Iterator[list[str]]:
+    """Give the host more addresses: for IPv4 a primary and a secondary one of a network."""
+    added = ["192.0.2.129/25", "192.0.2.130/25", "2001:db8:26::1/64", "2001:db8:26::2/64"]
+    for one in added:
+        host.ip(f"address add {one} dev eth0")
+    try:
+        yield [one.partition("/")[0] for one in added]
+    finally:
+        for one in reversed(added):
+            host.ip(f"address delete {one} dev eth0")
+
+
+def test_none_of_the_hosts_own_addresses_is_trusted(agent: Agent, loaded: Firewall, more_addresses: list[str]) -> None:
+    own = [Host.ipv4, Host.ipv6, *more_addresses]
+    for address in own + [f"::ffff:{one}" for one in own if "." in one]:
+        assert "is not trusted: is this host's own" in agent.login(address), address
+        assert agent.ask("receive", signed({address: time.time()})) == "0"
+    assert not trusted(loaded, "ipv4")
+    assert not trusted(loaded, "ipv6")
+    assert "is trusted" in agent.login("192.0.2.131"), "a neighbour's"
 
 
 @pytest.mark.parametrize("source", ["203.0.113.1", "2001:db8:9::1"])
@@ -220,6 +244,8 @@ STRANGE = {
     "remember no number": b"remember\x00198.51.100.10\x00587\0soon",
     "remember no port": b"remember\x00198.51.100.10\0\x001e12",
     "forget nonsense": b"forget\0x",
+    "renew nonsense": b"renew\0x\0alice",
+    "renew nobody": b"renew\x00198.51.100.10",
 }
 
 

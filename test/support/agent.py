@@ -40,7 +40,7 @@ class Agent:
         self._log = directory / "agent.log"
         self._events = directory / "events"
         self.configure(pillar)
-        for kept in ("outbox", "ended", "users", "revoked", "familiar"):  # of another test's agent
+        for kept in ("outbox", "ended", "users", "revoked", "familiar", "logins"):  # of another test's agent
             host.call((journal.DIRECTORY / kept).unlink, missing_ok=True)
         self._listener: socket.socket = host.call(self._listen)
         self.start()

@@ -89,24 +89,26 @@ def probe(targets: list[list[Any]], source: str | None = None, patience: float =
 class Imap(imaplib.IMAP4):
     """An IMAP client that connects from an address of its choice."""
 
-    def __init__(self, address: str, source: str | None):
+    def __init__(self, address: str, source: str | None, port: int = 143):
         self.source = source
-        super().__init__(address, 143, timeout=10)
+        super().__init__(address, port, timeout=10)
 
     def _create_socket(self, timeout: float | None) -> socket.socket:
-        return socket.create_connection((self.host, self.port), timeout, (self.source, 0) if self.source else None)
+        local = (self.source, 0) if self.source else None
+        connection = socket.create_connection((self.host, self.port), timeout, local)
+        return tls().wrap_socket(connection) if self.port in IMPLICIT_TLS else connection
 
 
-def imap_login(address: str, source: str | None = None, user: str = "alice") -> Imap:
-    client = Imap(address, source)
+def imap_login(address: str, source: str | None = None, user: str = "alice", port: int = 143) -> Imap:
+    client = Imap(address, source, port)
     client.login(user, PASSWORD)
     return client
 
 
-def login(address: str, source: str | None = None, user: str = "alice") -> dict[str, float]:
+def login(address: str, source: str | None = None, user: str = "alice", port: int = 143) -> dict[str, float]:
     """Log in over IMAP, and out; say how long the client waited for its OK, and when it came."""
     start = time.time()
-    client = imap_login(address, source, user)
+    client = imap_login(address, source, user, port)
     answered = time.time()
     client.logout()
     return {"seconds": answered - start, "at": answered}
@@ -183,10 +185,12 @@ def storm(clients: list[list[str]], patience: float) -> list[dict[str, Any]]:
     return found
 
 
-def login_opens(address: str, watch: list[list[Any]], source: str | None = None, limit: float = 10) -> dict[str, Any]:
+def login_opens(
+    address: str, watch: list[list[Any]], source: str | None = None, limit: float = 10, port: int = 143
+) -> dict[str, Any]:
     """Log in over IMAP, then try some [address, port] again and again: seconds from the OK until each let this client
     in, or null."""
-    at = login(address, source)["at"]
+    at = login(address, source, port=port)["at"]
 
     def opened(target: list[Any]) -> float | None:
         while time.time() < at + limit:
@@ -279,6 +283,21 @@ def hold_session(address: str, source: str | None = None, user: str = "alice") -
     answers = client.noop()[0] == "OK" and client.search(None, "ALL")[0] == "OK"
     client.logout()
     return answers
+
+
+def claim(address: str, header: str = "", identity: str = "", source: str | None = None) -> bool:
+    """Log in over IMAP with something that claims another address: a PROXY header, or parameters of an ID command.
+
+    Say whether that works.
+    """
+    try:
+        with socket.create_connection((address, 143), 5, (source, 0) if source else None) as connection:
+            connection.settimeout(5)
+            identify = f"a ID ({identity})\r\n" if identity else ""
+            connection.sendall(f"{header}{identify}b LOGIN alice {PASSWORD}\r\n".encode())
+            return any(line.startswith(b"b OK") for line in connection.makefile("rb"))
+    except OSError:
+        return False
 
 
 def come_and_go(targets: list[list[str]], then: list[int]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 from support.net import LIMIT, REPOSITORY, Host, until
 
 #: Where test/install-packages has put the programs.
-PROGRAMS = Path(os.environ.get("MAILFW_CACHE", "/var/cache/mailfw")) / "prometheus"
+PROGRAMS = Path(os.environ.get("MAILFW_CACHE", "/var/cache/mailfw")) / "prometheus/usr/bin"
 #: Where node_exporter and Prometheus listen.
 EXPORTER, SERVER = f"{Host.ipv4}:9100", f"{Host.ipv4}:9090"
 

@@ -1,0 +1,173 @@
+"""Sessions: trust lasts as long as a user stays logged in, for some days after the login itself.
+
+A thread asks Dovecot now and then who is logged in (``doveadm who``) and has the agent renew their trust, a few at a
+time, so that logins come in between. What a session renews is the trust of a login on this host: an address that has
+none here, or whose trust an operator has ended since, is never renewed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from mailfwlib import messages, parse
+from mailfwlib.journal import DIRECTORY, Journal
+from mailfwlib.parse import Address
+from mailfwlib.people import LONGEST_NAME
+from mailfwlib.settings import Settings
+
+#: Dovecot's services where a session begins with a password: LMTP's clients, for one, are other mail servers.
+PROTOCOLS = {"imap", "pop3", "sieve", "managesieve", "submission"}
+#: Seconds between two looks at who is logged in: a tenth of the period of a trust, in these bounds.
+SHORTEST_PAUSE, LONGEST_PAUSE = 2.0, 300.0
+#: doveadm gets so many seconds, and so many bytes are read of what it says: more than a hundred thousand sessions.
+TIMEOUT, LONGEST = 30.0, 16 << 20
+#: Sessions whose renewal is one request to the agent: it keeps a login waiting for some milliseconds.
+AT_ONCE = 10
+#: Addresses whose last login is remembered, and the seconds within which another login is not worth a note.
+MOST_LOGINS, SAME = 100_000, 3600.0
+
+#: An address as text, and a user.
+Client = tuple[str, str]
+
+log = logging.getLogger("mailfw-agent")
+
+
+class SessionsError(RuntimeError):
+    """Dovecot does not say who is logged in; the message says why."""
+
+
+class LastLogins:
+    """When addresses have last logged in on this host, to the hour, for as long as a session of theirs counts."""
+
+    def __init__(self, ended: dict[Address, float]):
+        """``ended``: when an operator has ended an address's trust; logins before that are none any more."""
+        self._journal = Journal(DIRECTORY / "logins", 2 * MOST_LOGINS, parse.address)
+        kept = self._journal.load()
+        counting = [(key, at) for key, at in kept.items() if _counts(at) and at > ended.get(key, 0.0)]
+        self._at = dict(sorted(counting, key=lambda login: login[1])[-MOST_LOGINS:])
+        if len(self._at) < len(kept):
+            self._journal.replace(self._at)
+
+    def note(self, address: Address, at: float) -> None:
+        """Remember a login, on disk as well."""
+        if abs(at - self._at.get(address, 0.0)) < SAME:
+            return
+        self._at.pop(address, None)
+        self._at[address] = at
+        if len(self._at) > MOST_LOGINS:
+            del self._at[next(iter(self._at))]
+        self._journal.append(address, at, lambda: self._at)
+
+    def forget(self, address: Address) -> None:
+        """Take an address for one that never logged in. Whoever starts the next agent knows that, too."""
+        self._at.pop(address, None)
+
+    def count(self, address: Address) -> bool:
+        """Return whether an address has logged in so lately that its sessions renew its trust."""
+        return _counts(self._at.get(address, 0.0))
+
+
+def _counts(at: float) -> bool:
+    return abs(time.time() - at) < messages.OLDEST_LOGIN
+
+
+class Sessions:
+    """Has the trust of those renewed who are logged in: ``renew`` is called with a few of them at a time."""
+
+    def __init__(self, settings: Callable[[], Settings], renew: Callable[[list[Client]], Any], tool: str = "doveadm"):
+        self._settings, self._renew, self._tool = settings, renew, tool
+        self._next_look = 0.0
+        self._failures = 0
+        self._thread = threading.Thread(target=self._run, name="sessions", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread. It ends with the process."""
+        self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(1.0)
+            if time.monotonic() >= self._next_look:
+                try:
+                    self.look()
+                except Exception:
+                    log.exception("who is still logged in is not known")
+                self._next_look = time.monotonic() + pause(self._settings())
+
+    def look(self) -> None:
+        """Have everybody renewed who is logged in. Does nothing on a host without Dovecot."""
+        if "dovecot" not in self._settings()["roles"] or not shutil.which(self._tool):
+            return
+        try:
+            found = sorted((str(address), user) for address, user in logged_in(self._tool))
+        except SessionsError as err:
+            self._failures += 1
+            if self._failures == 2:  # One is an agent that is up before Dovecot, or a Dovecot that restarts.
+                log.warning("%s; the trust of who is still logged in is not renewed", err)
+            return
+        self._failures = 0
+        for first in range(0, len(found), AT_ONCE):
+            self._renew(found[first : first + AT_ONCE])
+
+
+def pause(settings: Settings) -> float:
+    """Return the seconds between two looks."""
+    return float(min(LONGEST_PAUSE, max(SHORTEST_PAUSE, settings["trusted"]["period"] / 10)))
+
+
+def logged_in(tool: str) -> set[tuple[Address, str]]:
+    """Return from where which users are logged in at this host's Dovecot. Raises SessionsError."""
+    said = _said([tool, "-f", "json", "who", "-1"])
+    try:
+        return set(clients(json.loads(said.decode("utf-8", "replace"), strict=False)))
+    except (ValueError, TypeError, AttributeError, RecursionError) as err:
+        raise SessionsError(f"{tool} who: says what is no list of sessions") from err
+
+
+def _said(command: list[str]) -> bytes:
+    """Return what a command says, within the bounds of time and size. Raises SessionsError."""
+    about = f"{command[0]} who"
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except OSError as err:
+        raise SessionsError(f"{about}: {err.strerror}") from err
+    late = threading.Timer(TIMEOUT, process.kill)
+    late.start()
+    with process:
+        said = process.stdout.read(LONGEST) if process.stdout else b""
+        if len(said) == LONGEST:
+            process.kill()
+            raise SessionsError(f"{about}: says more than {LONGEST} bytes")
+        status = process.wait()
+        late.cancel()
+    if status < 0:
+        raise SessionsError(f"{about}: no answer in {TIMEOUT:g} s")
+    if status:
+        raise SessionsError(f"{about}: exit status {status}")
+    return said
+
+
+def clients(listed: list[dict[str, Any]]) -> Iterable[tuple[Address, str]]:
+    """Yield address and user of the sessions that ``doveadm -f json who -1`` lists.
+
+    User names in there are whatever users have made of them. Raises what comes of a list that is none.
+    """
+    for session in listed:
+        if session.get("service") in PROTOCOLS:
+            with contextlib.suppress(ValueError):  # None for a session that has no client.
+                yield parse.address(session.get("ip")), _name(session.get("username"))
+
+
+def _name(user: Any) -> str:
+    """Return a user's name as the hook would hand it on; empty for what cannot be one."""
+    if not isinstance(user, str) or "\0" in user:
+        return ""
+    return user.encode("utf-8", "replace")[:LONGEST_NAME].decode("utf-8", "ignore")
