@@ -1,14 +1,15 @@
 # make demo   shows the main job on booted hosts, and leaves them up
 # make test   runs every test, from a bare Debian machine, as root
 # Single suites: make lint unit functional integration system
+# make soak   runs many thousands of logins, and shows that nothing grows
 # make bench  measures what the rules cost, and what applying and keeping them takes
-# Single benchmarks: make bench-cost bench-scale
+# Single benchmarks: make bench-cost bench-scale bench-login
 SHELL := /bin/bash
 export MAILFW_CACHE ?= /var/cache/mailfw
 VENV := $(MAILFW_CACHE)/venv-$(shell sha256sum pyproject.toml | cut -c1-12)
 PYTEST := TMPDIR=/tmp $(VENV)/bin/pytest
 
-.PHONY: demo test lint unit functional integration system bench bench-cost bench-scale docs packages clean
+.PHONY: demo test lint unit functional integration system soak bench bench-cost bench-scale bench-login docs packages clean
 
 demo: packages $(VENV)/done
 	test/lab/lab up
@@ -28,8 +29,12 @@ lint: $(VENV)/done
 unit functional integration system: $(VENV)/done
 	$(PYTEST) test/$@
 
+# Many thousands of logins, and what agent and Salt helper hold meanwhile: a quarter of an hour.
+soak: packages $(VENV)/done
+	$(PYTEST) -s --show-capture=no test/soak
+
 # A quarter of an hour for each, on a machine that does nothing else. BENCH is for the options of a single one.
-bench: bench-cost bench-scale
+bench: bench-cost bench-scale bench-login
 
 # What the rules cost, in connections and packets.
 bench-cost: $(VENV)/done
@@ -44,6 +49,11 @@ bench-scale: $(VENV)/done
 # What is made from the code: the pillar reference.
 docs: $(VENV)/done
 	PYTHONPATH=_utils $(VENV)/bin/python docs/reference.py > docs/pillar.md
+
+# What a login waits for: a few minutes.
+bench-login: $(VENV)/done
+	test/bench/install-packages
+	$(VENV)/bin/python test/bench/login.py $(BENCH)
 
 packages:
 	test/install-packages

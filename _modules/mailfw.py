@@ -1359,7 +1359,7 @@ def configure_master(test=False):
     peers = dict(kept.get("peer_run") or {})
     peers[".*"] = [*peers.get(".*", []), "mailfw.trusts"]
     configuration = {
-        "reactor": [*(kept.get("reactor") or []), {"mailfw/login": [f"{TREE}/reactor/login.sls"]}],
+        "reactor": [*(kept.get("reactor") or []), {"mailfw/login": [os.path.join(directory, "mailfw", "login.sls")]}],
         "peer_run": peers,
         "mailfw": {"keys": fleet["keys"]},
     }

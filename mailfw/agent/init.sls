@@ -60,6 +60,8 @@ mailfw agent catches up with the fleet:
     - minutes: 10
     - splay: 60
     - return_job: False
+    # The agent has it run at once when the master is back; a run that hangs must not keep the next one away.
+    - jid_include: False
     - require:
       - service: mailfw agent is running
 

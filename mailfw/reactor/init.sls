@@ -8,10 +8,20 @@ mailfw master settings are valid:
     - require:
       - saltutil: mailfw extension modules are synced
 
+# The file server would cost the master more for each event than all the rest.
+mailfw master reacts to logins:
+  file.managed:
+    - name: {{ opts["conf_file"].rpartition("/")[0] }}/mailfw/login.sls
+    - source: salt://mailfw/reactor/login.sls
+    - mode: "0644"
+    - makedirs: True
+    - require:
+      - mailfw: mailfw master settings are valid
+
 mailfw master knows the fleet:
   mailfw.reactor_configured:
     - require:
-      - mailfw: mailfw master settings are valid
+      - file: mailfw master reacts to logins
 
 mailfw runner is synced:
   mailfw.runner_synced:

@@ -720,6 +720,21 @@ def test_login_that_is_no_news_is_not_announced(agent: Agent) -> None:
     until(lambda: sum(len(message.logins) for message in announced(agent)) == 2, "both are announced")
 
 
+def test_who_logs_in_all_the_time_is_announced_again_and_again(agent: Agent) -> None:
+    """When the fleet's own deadline has lost a tenth of the period, however short ago the last login is."""
+    agent.configure({**PILLAR, "trusted": {"period": "10s"}})
+    began = time.time()
+
+    def announced_twice() -> list[messages.Message]:
+        agent.login("203.0.113.1")
+        found = announced(agent)
+        return found if len(found) == 2 else []
+
+    first, second = until(announced_twice, "announced again", 5)
+    ((before,), (after,)) = first.logins.values(), second.logins.values()
+    assert began - 0.01 <= before < after
+
+
 def test_login_of_another_host_is_not_announced(agent: Agent) -> None:
     agent.ask("receive", signed({"203.0.113.1": time.time()}))
     agent.login("203.0.113.1", "")
@@ -783,6 +798,7 @@ def test_agents_end_is_the_helpers_end(agent: Agent) -> None:
     for _ in range(2):
         agent.login("203.0.113.1")
     until(agent.events, "announced")
-    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    children = agent.children()
+    assert children
     assert agent.stop() == 0
-    assert not any(Path("/proc", child).exists() for child in children)
+    assert not any(child.exists() for child in children)

@@ -39,7 +39,7 @@ def test_its_configuration_is_the_main_files_and_mailfws(fleet: Fleet) -> None:
     assert yaml.safe_load(path.read_text()) == {
         "reactor": [
             {"own/event": ["salt://own/reactor.sls"]},
-            {"mailfw/login": ["salt://mailfw/reactor/login.sls"]},
+            {"mailfw/login": [f"{fleet.master.config_dir}/mailfw/login.sls"]},
         ],
         "peer_run": {"mx2": ["test.arg"], ".*": ["mailfw.trusts"]},
         "mailfw": {"keys": [fleet.key]},

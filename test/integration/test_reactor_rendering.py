@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import re
 import string
 from pathlib import Path
@@ -20,6 +22,8 @@ from mailfwlib import messages
 REACTION = Path(__file__).parents[2] / "mailfw" / "reactor" / "login.sls"
 #: The only thing that the reactor ever does, with one argument.
 ANNOUNCE = "runner.mailfw.announce"
+#: The fleet's keys, newest first, and one of another fleet.
+KEYS, FOREIGN = ["0" * 64, "1" * 64], "2" * 64
 TEXT = st.text(st.characters(exclude_categories=()), max_size=200)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
@@ -33,6 +37,7 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> salt.state.Compiler:
     """What the reactor compiles reactions with."""
     directory = tmp_path_factory.mktemp("master")
     opts = salt.config.apply_minion_config({"root_dir": str(directory), "file_client": "local"}, minion_id="master")
+    opts["mailfw"] = {"keys": KEYS}
     return salt.state.Compiler(opts, salt.loader.render(opts, salt.loader.minion_mods(opts)))
 
 
@@ -47,51 +52,66 @@ def reactions(compiler: salt.state.Compiler, event: Any) -> list[tuple[str, Any]
     ]
 
 
+def signature(text: str, key: str) -> str:
+    return hmac.new(key.encode(), text.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+
+
 def expected(event: Any) -> list[tuple[str, Any]]:
-    """Return what the reactor should do for an event: hand on a line of printable ASCII as it is, or nothing."""
+    """Return what the reactor should do for an event: hand on a signed line of printable ASCII as it is, or nothing."""
     data = event.get("data")
     message = data.get("message") if isinstance(data, dict) else None
-    if isinstance(message, str) and re.fullmatch(r"[ -~]{0,65536}", message):
-        return [(ANNOUNCE, [{"args": [{"message": message}]}])]
-    return []
+    if not isinstance(message, str) or not re.fullmatch(r"[ -~]{0,65536}", message):
+        return []
+    if message[:64] not in [signature(message[65:], key) for key in KEYS]:
+        return []
+    return [(ANNOUNCE, [{"args": [{"message": message}]}])]
 
 
-def test_a_signed_message_reaches_the_runner_as_it_is(compiler: salt.state.Compiler) -> None:
-    message = messages.sign("mx1", messages.new_nonce(), {"192.0.2.1": 1.5, "2001:db8::": 2.5}, "0" * 64)
+@pytest.mark.parametrize("key", KEYS)
+def test_a_signed_message_reaches_the_runner_as_it_is(compiler: salt.state.Compiler, key: str) -> None:
+    message = messages.sign("mx1", messages.new_nonce(), {"192.0.2.1": 1.5, "2001:db8::": 2.5}, key)
     assert reactions(compiler, {"id": "mx1", "data": {"message": message}}) == [
         (ANNOUNCE, [{"args": [{"message": message}]}])
     ]
 
 
+def test_no_runner_is_started_for_what_another_key_has_signed(compiler: salt.state.Compiler) -> None:
+    message = messages.sign("mx1", messages.new_nonce(), {"192.0.2.1": 1.5}, FOREIGN)
+    assert reactions(compiler, {"id": "mx1", "data": {"message": message}}) == []
+
+
+def test_a_master_without_keys_starts_no_runner(compiler: salt.state.Compiler) -> None:
+    message = messages.sign("mx1", messages.new_nonce(), {"192.0.2.1": 1.5}, KEYS[0])
+    keys = compiler.opts.pop("mailfw")
+    try:
+        assert reactions(compiler, {"id": "mx1", "data": {"message": message}}) == []
+    finally:
+        compiler.opts["mailfw"] = keys
+
+
 @pytest.mark.parametrize("name", hostile.DATA)
 def test_hostile_data_is_dropped_or_handed_on_as_it_is(compiler: salt.state.Compiler, name: str) -> None:
-    event = {"id": "mx1", "cmd": "_minion_event", "data": hostile.DATA[name]("0" * 64 + ' {"sender":"mx1"}')}
+    signed = '{"sender":"mx1"}'
+    event = {"cmd": "_minion_event", "data": hostile.DATA[name](f"{signature(signed, KEYS[0])} {signed}")}
     assert reactions(compiler, event) == expected(event)
 
 
-@pytest.mark.parametrize(
-    "name", ["null", "a list", "nested", "not ASCII", "YAML", "control characters", "hostile key", "renderer line"]
-)
-def test_what_cannot_be_a_message_renders_to_nothing(compiler: salt.state.Compiler, name: str) -> None:
-    assert reactions(compiler, {"id": "mx1", "data": hostile.DATA[name]("0" * 64 + ' {"sender":"mx1"}')}) == []
-
-
 @settings(max_examples=300, deadline=None)
-@given(message=TEXT | st.text(string.printable))
-@example(message="on")
-@example(message="0" * 65536)
-@example(message="0" * 65537)
-@example(message="2026-01-01")
-@example(message="{{ 1 }}")
-@example(message="\x7f")
-@example(message="\x85")
-@example(message="\ud83d")
-def test_any_text_is_dropped_or_handed_on_as_it_is(compiler: salt.state.Compiler, message: str) -> None:
-    event = {"id": "mx1", "data": {"message": message}}
+@given(text=TEXT | st.text(string.printable), key=st.sampled_from([*KEYS, FOREIGN]))
+@example(text="on", key=KEYS[0])
+@example(text="0" * (65536 - 65), key=KEYS[0])
+@example(text="0" * (65537 - 65), key=KEYS[0])
+@example(text="2026-01-01", key=KEYS[0])
+@example(text="{{ 1 }}", key=KEYS[0])
+@example(text="\x7f", key=KEYS[0])
+@example(text="\x85", key=KEYS[0])
+@example(text="\ud83d", key=KEYS[0])
+def test_any_signed_text_is_dropped_or_handed_on_as_it_is(compiler: salt.state.Compiler, text: str, key: str) -> None:
+    event = {"id": "mx1", "data": {"message": f"{signature(text, key)} {text}"}}
     assert reactions(compiler, event) == expected(event)
 
 
 @settings(max_examples=200, deadline=None)
 @given(event=st.dictionaries(st.sampled_from(["id", "data", "cmd", "tag"]), JSON))
 def test_no_event_makes_the_reactor_do_anything_else(compiler: salt.state.Compiler, event: dict[str, Any]) -> None:
-    assert reactions(compiler, event) == expected(event)
+    assert reactions(compiler, event) == []

@@ -96,6 +96,11 @@ class Agent:
         self._process.kill()
         self._process.wait()
 
+    def children(self) -> list[Path]:
+        """Return the processes that the agent has started, whichever of its threads did: their directories in /proc."""
+        tasks = Path(f"/proc/{self.pid}/task").glob("*/children")
+        return [Path("/proc", pid) for task in tasks for pid in task.read_text().split()]
+
     @property
     def pid(self) -> int:
         """The agent's process."""

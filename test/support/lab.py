@@ -132,6 +132,14 @@ def networks_of_town() -> list[str]:
     return list(map(str, next(_town)))
 
 
+def neighbourhood() -> Iterator[str]:
+    """Return addresses of the client town that are nobody else's, of both versions of IP in turn, a /64 each."""
+    ipv4, ipv6 = next(_town)
+    for number, address in enumerate(ipv4.hosts()):
+        yield str(address)
+        yield str(ipv6.network_address + (number << 64))
+
+
 def logins(host: str, then: Sequence[int] = ()) -> Ongoing:
     """Have people log in at a host again and again, over both versions of IP, and connect to some ports after their OK.
 

@@ -114,6 +114,12 @@ def login(address: str, source: str | None = None, user: str = "alice", port: in
     return {"seconds": answered - start, "at": answered}
 
 
+def log_in_often(targets: list[list[str]], times: int, at_once: int = 4) -> None:
+    """Log in over IMAP, and out, so many times, at each [address, source] in turn."""
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(lambda number: login(*targets[number % len(targets)]), range(times)))
+
+
 def log_in(address: str, protocol: str, source: str | None = None, patience: float = 10.0) -> socket.socket:
     """Log in over imap, pop3 or sieve; return the connection when OK was read."""
     port, greeting, commands = LOGIN[protocol]

@@ -1,0 +1,50 @@
+"""Many logins at once on both hosts: few jobs, and everybody is trusted everywhere soon after the last."""
+
+from __future__ import annotations
+
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from integration.fleet import SOCKET, Fleet, MailHost
+from integration.hosts import wait_for
+
+LOGINS, ADDRESSES, SECONDS = 10_000, 1_000, 10
+#: Jobs that the fleet may be told of them in.
+MOST_JOBS = 60
+#: Seconds from the last login until every address is trusted on both hosts.
+LATEST = 2.0
+
+
+def log_in(host: MailHost, addresses: list[str], logins: int) -> float:
+    """Report logins evenly over ten seconds, each as the hook does; return when the last was acknowledged."""
+    path, began = str(host.host.path(SOCKET)), time.monotonic()
+    for number in range(logins):
+        time.sleep(max(0.0, began + number * SECONDS / logins - time.monotonic()))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.settimeout(10)
+            connection.connect(path)
+            address = addresses[number * len(addresses) // logins]
+            connection.send(f"login\0{address}\0of-{address}".encode())
+            assert connection.recv(4096).startswith(b"ok\0")
+    return time.monotonic()
+
+
+def test_ten_thousand_logins_become_few_jobs(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
+    """Each address logs in five times in a row on each host: half of them on one host first, half on the other."""
+    addresses, moment = [fleet.new_address() for _ in range(ADDRESSES)], time.time()
+    with ThreadPoolExecutor(2) as pool:
+        half = ADDRESSES // 2
+        running = [
+            pool.submit(log_in, mx1, addresses, LOGINS // 2),
+            pool.submit(log_in, mx2, addresses[half:] + addresses[:half], LOGINS // 2),
+        ]
+        last = max(one.result() for one in running)
+    for host in (mx1, mx2):
+        wait_for(f"{host.name} to trust all", lambda host=host: host.trusts(*addresses))
+    waited = time.monotonic() - last
+    jobs = [job for job in fleet.ran_since(moment) if job["fun"] == "mailfw.receive"]
+    sent = fleet.announcements_since(moment)
+    print(f"{len(jobs)} jobs for {len(sent)} messages, all trusted {waited:.2f} s after the last login")
+    assert len(jobs) <= MOST_JOBS
+    assert waited <= LATEST
