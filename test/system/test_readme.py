@@ -1,4 +1,4 @@
-"""Every command that README.md shows for operators runs on the lab as it stands there."""
+"""Every command that the README and the manuals show for operators runs on the lab as it stands there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pytest
 from support import lab
 
 README = (lab.REPOSITORY / "README.md").read_text()
-COMMANDS = re.findall(r"`((?:salt|salt-call|salt-run|nft|journalctl|openssl) [^`]+)`", README)
+MANUALS = [README, *(path.read_text() for path in sorted(lab.REPOSITORY.glob("docs/*.md")))]
+PATTERN = r"`((?:salt|salt-call|salt-run|nft|journalctl|openssl) [^`]+)`"
+COMMANDS = list(dict.fromkeys(command for text in MANUALS for command in re.findall(PATTERN, text)))
 #: test_clean, test_highstate and test_lifecycle run these, and more of them.
 ELSEWHERE = {
     "salt mx1 state.apply mailfw.clean",
@@ -19,6 +21,15 @@ ELSEWHERE = {
     'salt-run mailfw.open 2h "nobody can log in"',
     "salt-run mailfw.close",
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_stays(fleet):
+    """What the commands did ends: the addresses are clients of the lab."""
+    yield
+    for address in ("203.0.113.10", "198.51.100.7"):
+        for verb in ("unblock", "clear"):
+            lab.run("master", "salt-run", f"mailfw.{verb}", address)
 
 
 def test_the_commands_are_found():
