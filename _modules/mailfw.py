@@ -648,13 +648,21 @@ def block(address, period=None, reason="", **kwargs):
     _run(elements.block(source, seconds, host, audit.note(by, why)))
     ended = _end_sessions(elements.source_network(source, host), schema.login_ports(host), host)
     name = _source_text(source, host)
-    audit.record("block", name, by, until=time.time() + seconds if seconds else float("inf"), why=why)
+    until = time.time() + seconds if seconds else float("inf")
+    audit.record("block", name, by, until=until, why=why)
+    _fire("mailfw/block", {"address": name, "until": round(until) if seconds else None, "by": by, "reason": why})
     return {
         "blocked": name,
         "period": parse.duration_text(seconds) if seconds else "forever",
         "sessions_ended": ended,
         "was": "" if was is None else _text(was),
     }
+
+
+def _fire(tag, data):
+    """Tell whoever listens on the master. That nobody hears it is no failure."""
+    if __opts__.get("file_client") != "local":
+        __salt__["event.send"](tag, {"host": __opts__["id"], **data})
 
 
 def unblock(address, reason="", **kwargs):

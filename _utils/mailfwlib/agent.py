@@ -112,7 +112,7 @@ class Agent:
         self.keeper = Keeper(lambda since, altered: self._repairs.put((since, altered)))
         self.sessions = Sessions(lambda: self.settings, _still_logged_in)
         self.bans = Bans(self._banned)
-        self.monitor = Monitor(lambda: self.settings, self.status)
+        self.monitor = Monitor(lambda: self.settings, self.status, self.announcer.tell)
         self._recall()
 
     def _recall(self) -> None:

@@ -75,7 +75,7 @@ PLAIN = ("trusted", "trusted_network", "exempted", "over_common_rate", "reopened
 #: Counters of sources that did not fit -> the label ``kind``.
 NO_ROOM = {"meter_full": "rates", "ban_set_full": "bans"}
 #: Sets whose fill says nothing.
-_NOT_SHOWN = ("older_", "break_glass")
+NOT_SHOWN = ("older_", "break_glass")
 
 
 class Sample(NamedTuple):
@@ -142,7 +142,7 @@ def samples(facts: Facts) -> Iterator[Sample]:
         yield Sample("mailfw_familiar_refusals_total", count, {"reason": reason})
     yield from _decisions(facts)
     for name, level in facts.levels.items():
-        if not name.startswith(_NOT_SHOWN):
+        if not name.startswith(NOT_SHOWN):
             yield Sample("mailfw_set_size", level.size, {"set": name})
             if level.elements is not None:
                 yield Sample("mailfw_set_elements", level.elements, {"set": name})

@@ -30,10 +30,17 @@ log = logging.getLogger("mailfw-agent")
 
 
 class Monitor:
-    """Looks at the host every now and then."""
+    """Looks at the host every now and then. ``tell`` fires an event: its tag and its data."""
 
-    def __init__(self, settings: Callable[[], Settings], status: Callable[[], dict[str, Any]]):
-        self._settings, self._status = settings, status
+    def __init__(
+        self,
+        settings: Callable[[], Settings],
+        status: Callable[[], dict[str, Any]],
+        tell: Callable[[str, dict[str, Any]], None],
+    ):
+        self._settings, self._status, self._tell = settings, status, tell
+        self._full: set[str] = set()
+        self._opening: Optional[breakglass.Opening] = None
         self.familiar = familiar.Familiar()
         self._watch = familiar.Watch(self.familiar)
         self._started = time.time()
@@ -89,10 +96,29 @@ class Monitor:
             found = familiar.refused(kernel, self.familiar, settings, now)
             for sentence in self._watch.look(found, settings["enforce"], now):
                 log.warning("%s", sentence)
+        levels = self._levels(kernel)
+        self._tell_news(settings["host"]["id"], levels, breakglass.opening(now))
         if settings.get("metrics"):
-            self._write(Path(settings["metrics"]["directory"]), self._facts(settings, kernel, now))
+            self._write(Path(settings["metrics"]["directory"]), self._facts(settings, kernel, levels, now))
 
-    def _facts(self, settings: Settings, kernel: netlink.Kernel, now: float) -> metrics.Facts:
+    def _tell_news(self, host: str, levels: dict[str, netlink.Level], opening: Optional[breakglass.Opening]) -> None:
+        """Tell of sets that have become full, and of an opening that has begun, changed or ended."""
+        full = {
+            name
+            for name, (elements, size) in levels.items()
+            if not name.startswith(metrics.NOT_SHOWN) and elements is not None and elements >= size
+        }
+        for name in sorted(full - self._full):
+            self._tell("mailfw/full", {"host": host, "set": name, "size": levels[name].size})
+        self._full = full
+        if opening != self._opening:
+            ends, reason = opening or (0, "")
+            self._tell("mailfw/open", {"host": host, "until": ends, "reason": reason})
+        self._opening = opening
+
+    def _facts(
+        self, settings: Settings, kernel: netlink.Kernel, levels: dict[str, netlink.Level], now: float
+    ) -> metrics.Facts:
         agent, record = self._status(), ruleset.loaded()
         return metrics.Facts(
             now=now,
@@ -101,7 +127,7 @@ class Monitor:
             settings=settings,
             agent=agent,
             counters=kernel.counters(),
-            levels=self._levels(kernel),
+            levels=levels,
             altered=bool(record) and kernel.fingerprint(record["static"]) != record["fingerprint"],
             applies=record.get("applies", 0),
             applied=_modified(ruleset.LOADED),

@@ -16,7 +16,7 @@ from mailfwlib import breakglass, elements, familiar, netlink, parse, ruleset
 from mailfwlib.metrics import METRICS, NO_ROOM, PLAIN
 from mailfwlib.rules import TALLIED
 from mailfwlib.settings import METRICS_DIRECTORY
-from support.agent import KEY, Agent, signed
+from support.agent import HOST_ID, KEY, Agent, signed
 from support.firewall import Firewall
 from support.net import REPOSITORY, Client, Host, until
 from support.prometheus import Prometheus, promtool
@@ -359,3 +359,30 @@ def test_prometheus_understands_the_dashboards_queries(tmp_path: Path) -> None:
     path.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": records}]}))
     checked = promtool("check", "rules", str(path))
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def told(agent: Agent, tag: str) -> list[dict[str, Any]]:
+    return [event["data"] for event in agent.events() if event["tag"] == tag]
+
+
+def test_an_opening_is_told_when_it_begins_and_when_it_ends(agent: Agent, host: Host) -> None:
+    ends = int(time.time()) + 3600
+    host.call(breakglass.STATE.write_text, f"{ends} locked out\n")
+    begun = {"host": HOST_ID, "until": ends, "reason": "locked out"}
+    until(lambda: told(agent, "mailfw/open") == [begun], "the opening was told")
+    host.call(breakglass.STATE.unlink)
+    ended = {"host": HOST_ID, "until": 0, "reason": ""}
+    until(lambda: told(agent, "mailfw/open") == [begun, ended], "its end was told")
+
+
+def test_a_full_set_is_told_once(firewall: Firewall, host: Host, textfiles: Path, tmp_path: Path) -> None:
+    small = {**PILLAR, "sizes": {"blocked": 1}}
+    firewall.load(**small)
+    with closing(Agent(host, tmp_path, small)) as agent:
+        firewall.block("192.0.2.66")
+        full = {"host": HOST_ID, "set": "blocked_ipv4", "size": 1}
+        until(lambda: told(agent, "mailfw/full") == [full], "the full set was told")
+        firewall.nft("delete", "element", "inet", "mailfw", "blocked_ipv4", "{ 192.0.2.66 }")
+        figures_after(host, time.time())  # That there is room again is no news, and is noticed.
+        firewall.block("192.0.2.67")
+        until(lambda: told(agent, "mailfw/full") == [full, full], "it was told again")

@@ -4,13 +4,14 @@ import contextlib
 import json
 import re
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from integration.fleet import NETWORK, Fleet, MailHost, wait_until_trusted
-from integration.hosts import network_of
+from integration.hosts import network_of, wait_for
 from mailfwlib import messages
 
 
@@ -133,6 +134,16 @@ def session(target: MailHost, port: int) -> Iterator[tuple[socket.socket, socket
         listener = socket.create_server((mail_host, port))
     with listener, socket.create_connection((mail_host, port), 5) as client, listener.accept()[0] as server:
         yield client, server
+
+
+def test_a_block_is_an_event_on_the_master(fleet: Fleet, mx1: MailHost) -> None:
+    address, moment = fleet.new_address(), time.time()
+    fleet.call(mx1, "mailfw.block", address, period="1h", reason="ticket 17")
+    (event,) = wait_for("the event", lambda: fleet.events.get_events({("master", "mailfw/block")}, after_time=moment))
+    found = event.data["data"]
+    assert (found["host"], found["address"], found["reason"]) == ("mx1", address, "ticket 17")
+    assert 3500 < found["until"] - moment < 3700
+    fleet.call(mx1, "mailfw.unblock", address)
 
 
 def test_a_block_ends_idle_sessions_at_once(fleet: Fleet, mx1: MailHost) -> None:
