@@ -39,7 +39,7 @@ def fleet_keys_are_there(master: Master) -> Wrong | None:
 def reactor_hears_logins(master: Master) -> Wrong | None:
     """The master passes logins on."""
     entries = [entry for entry in master.opts.get("reactor") or [] if isinstance(entry, dict)]
-    if any("mailfw/reactor/login.sls" in str(files) for entry in entries for files in [entry.get("mailfw/login", "")]):
+    if any("mailfw/login.sls" in str(files) for entry in entries for files in [entry.get("mailfw/login", "")]):
         return None
     return Wrong("the master's configuration has no reactor for mailfw/login, so no login is passed on", APPLY)
 
