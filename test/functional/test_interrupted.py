@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from mailfwlib import netlink, nft, ruleset, settings, snapshot
-from support.agent import Agent
+from support.agent import KEPT, Agent
 from support.firewall import Firewall, element_text, rule_files
 from support.net import LIMIT, Host, until
 from support.steps import Step, Steps, kill, processes
@@ -112,8 +112,9 @@ class Site:
         return self._host.call(lambda: {path.name: path.read_text() for path in ruleset.RULES.iterdir()})
 
     def listed(self) -> set[Path]:
-        """Return what is in mailfw's directories."""
-        return self._host.call(lambda: {path for top in (RULES, RUN, STATE) for path in top.iterdir()})
+        """Return what is in mailfw's directories, but for what the agent keeps of logins."""
+        found = self._host.call(lambda: {path for top in (RULES, RUN, STATE) for path in top.iterdir()})
+        return found - {STATE / name for name in KEPT}
 
     def is_recorded(self) -> bool:
         """Return whether the agent takes the rules for those that were loaded last."""

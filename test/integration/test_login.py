@@ -177,7 +177,7 @@ def test_many_logins_become_few_jobs(fleet: Fleet, mx1: MailHost, mx2: MailHost)
     for first, second in zip(addresses[::2], addresses[1::2]):
         mx1.agent.login(first)
         mx2.agent.login(second)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10, "no login waits for the fleet"
     for host in (mx1, mx2):
         wait_for(f"{host.name} to trust all", lambda host=host: host.trusts(*addresses))
         wait_for(f"{host.name}'s outbox", lambda host=host: host.agent.status()["outbox"] == 0)
@@ -194,7 +194,7 @@ def test_a_silent_client_does_not_hold_up_the_others(fleet: Fleet, mx1: MailHost
             one.connect(str(mx1.host.path("/run/mailfw/login.sock")))
         began = time.monotonic()
         mx1.agent.login(address)
-        assert time.monotonic() - began < 0.25
+        assert time.monotonic() - began < 1, "before the silent clients are dropped"
     finally:
         for one in silent:
             one.close()

@@ -85,8 +85,8 @@ def forget() -> None:
     """Let a demo that is run again begin like the first."""
     for address in ("198.51.100.10", "2001:db8:0:2::10", "203.0.113.10", "2001:db8:0:3::10"):
         salt(",".join(HOSTS), "mailfw.untrust", address)
-    for address in ("198.18.0.66", "198.18.0.67", "2001:db8:0:66::66"):
-        salt(",".join(HOSTS), "mailfw.unban", address)
+    for address in ("198.18.0.66", "198.18.0.67", "198.18.0.68", "198.18.0.69", "2001:db8:0:66::66"):
+        salt(",".join(HOSTS), "mailfw.clear", address)
 
 
 def modes() -> None:

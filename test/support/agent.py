@@ -18,6 +18,8 @@ KEY = "0123456789abcdef0123456789abcdef"
 REPORT_SECRET = KEY * 2
 #: This host's minion id, and the user that Dovecot's login hook runs as.
 HOST_ID, LOGIN_USER = "mx1.example", "nobody"
+#: What the agent keeps on disk of logins.
+KEPT = ("outbox", "ended", "users", "revoked", "familiar", "logins")
 #: The start that systemd gives a service with a socket: sd_listen_fds(3).
 _START = 'export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@" 3<&0 </dev/null'
 #: What a process of another user asks the agent.
@@ -40,7 +42,7 @@ class Agent:
         self._log = directory / "agent.log"
         self._events = directory / "events"
         self.configure(pillar)
-        for kept in ("outbox", "ended", "users", "revoked", "familiar", "logins"):  # of another test's agent
+        for kept in KEPT:  # of another test's agent
             host.call((journal.DIRECTORY / kept).unlink, missing_ok=True)
         self._listener: socket.socket = host.call(self._listen)
         self.start()
