@@ -203,6 +203,8 @@ def test_agents_killed(people: People) -> None:
     people.come("mx2")
     with recovers(people, "agents killed"):
         on_both("systemctl", "kill", "-s", "KILL", "mailfw-agent")
+        for host in HOSTS:
+            people.come_while_the_agent_restarts(host)
 
 
 def port_of_master(state: str) -> None:
