@@ -13,7 +13,7 @@ from support.lab import ADDRESSES, Ongoing
 from .conftest import ENVIRONMENTS, HOSTS
 
 #: Seconds: the period of a trust, when the short sessions end, and when the long ones do.
-PERIOD, SHORT, LONG = 12, 13, 27
+PERIOD, SHORT, LONG = 12, 13, 29
 #: How the hosts know the clients, over IPv4 and IPv6.
 HOME, CAFE = ("198.51.100.10", "2001:db8:0:2::"), ("203.0.113.10", "2001:db8:0:3::")
 TOWN, BOT = ("198.19.0.10", "2001:db8:0:4::"), ("198.18.0.66", "2001:db8:0:66::")
