@@ -14,7 +14,7 @@ import pytest
 
 from integration.fleet import Fleet, MailHost
 from integration.hosts import network_of, wait_for
-from integration.test_way_out import PATIENTLY, forget_hosts, frozen
+from integration.test_way_out import PATIENTLY
 from mailfwlib import messages
 
 APPLY = "run `salt-call state.apply mailfw`"
@@ -27,7 +27,7 @@ OF_SYSTEMD = ("units are enabled",)
 @pytest.fixture(scope="module", autouse=True)
 def _two_hosts(fleet: Fleet) -> None:
     """The master knows mx1 and mx2 only."""
-    forget_hosts(fleet, "id NOT IN ('mx1', 'mx2')")
+    fleet.forget_hosts("id NOT IN ('mx1', 'mx2')")
     fleet.call_all(list(fleet.hosts.values()), "mailfw.catch_up")
 
 
@@ -198,7 +198,7 @@ def test_what_is_wrong_is_named_by_host(fleet: Fleet, mx1: MailHost, mx2: MailHo
 
 
 def test_hosts_that_do_not_answer_are_named(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
-    with frozen(mx2):
+    with mx2.frozen():
         status, said = fleet.salt_run("mailfw.doctor")
     assert (status, said["no answer"]) == (1, ["mx2"])
     assert said["hosts"].keys() == {"mx1"}
@@ -220,7 +220,7 @@ def test_a_master_that_does_not_serve_the_fleet(fleet: Fleet) -> None:
 
 
 def test_a_master_that_knows_no_mail_host(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
-    forget_hosts(fleet, "true")
+    fleet.forget_hosts("true")
     status, said = fleet.salt_run(*PATIENTLY, "mailfw.doctor")
     assert (status, said["hosts"]) == (1, {})
     assert "mail hosts are known" in said["master"]
