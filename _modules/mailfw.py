@@ -350,6 +350,13 @@ def _reason(value):
         raise SaltInvocationError(f"reason {value!r:.80}: {err}") from err
 
 
+def _user(value):
+    try:
+        return people.name(value)
+    except ValueError as err:
+        raise SaltInvocationError(f"user {value!r:.80}: {err}") from err
+
+
 def _period(value):
     try:
         return parse.duration(value)
@@ -511,10 +518,7 @@ def revoke(user, reason="", **kwargs):
 
         salt mx1 mailfw.revoke alice@example.org
     """
-    try:
-        user = people.name(user)
-    except ValueError as err:
-        raise SaltInvocationError(f"user {user!r:.80}: {err}") from err
+    user = _user(user)
     host, by, why = _host_settings(), _who(kwargs), _reason(reason)
     found, more = {"revoked": [], "shared": [], "given": []}, True
     while more:
@@ -882,10 +886,7 @@ def why(user, service=None):
         salt mx1 mailfw.why alice@example.org
         salt mx1 mailfw.why alice@example.org submission
     """
-    try:
-        user = people.name(user)
-    except ValueError as err:
-        raise SaltInvocationError(f"user {user!r:.80}: {err}") from err
+    user = _user(user)
     host = _host_settings()
     places = json.loads(_ask_agent("places", user))
     addresses = {

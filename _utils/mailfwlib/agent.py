@@ -372,19 +372,13 @@ class Agent:
 
     def _places(self, user: str) -> str:
         """Return from where a user has logged in lately and when, the last first, as JSON. Raises RefusedError."""
-        try:
-            people.name(user)
-        except ValueError as err:
-            raise RefusedError(f"{user!r:.60}: {err}") from err
+        _check_name(user)
         newest = sorted(self.people.places(user).items(), key=lambda place: -place[1])
         return json.dumps({str(address): at for address, at in newest[:MOST_PLACES]})
 
     def _revoke(self, user: str) -> str:
         """End what only this user's logins have earned, at the first so many addresses; ``more``: others are left."""
-        try:
-            people.name(user)
-        except ValueError as err:
-            raise RefusedError(f"user: {err}") from err
+        _check_name(user)
         now, places = time.time(), self.people.places(user)
         some = list(places)[:MOST_REVOKED]
         given: dict[Address, set[int]] = {}
@@ -493,6 +487,14 @@ class Agent:
                 self._complained.clear()
             self._complained[about] = now
             log.warning("%s", sentence)
+
+
+def _check_name(user: str) -> None:
+    """Raise RefusedError unless this can be a user's name."""
+    try:
+        people.name(user)
+    except ValueError as err:
+        raise RefusedError(f"user: {err}") from err
 
 
 def _login_uids(settings: Settings) -> list[int]:

@@ -131,7 +131,7 @@ class Monitor:
             altered=bool(record) and kernel.fingerprint(record["static"]) != record["fingerprint"],
             applies=record.get("applies", 0),
             applied=_modified(ruleset.LOADED),
-            opening=breakglass.opening(now),
+            opening=self._opening,
             snapshot=agent["last_snapshot"] or _modified(snapshot.PATH),
             familiar=len(self.familiar),
             refused={reason: len(self._watch.addresses(reason)) for reason in familiar.REASONS},
