@@ -68,6 +68,7 @@ class Kernel:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
         self._socket.settimeout(5)
         self._socket.bind((0, 0))
+        self._questions = 0
 
     def generation(self) -> int:
         """Return the number of the ruleset: every transaction of anybody makes it another one."""
@@ -190,21 +191,27 @@ class Kernel:
     ) -> Iterator[Attributes]:
         """Yield the attributes of each object that the kernel answers with."""
         body = struct.pack("=BBH", family, 0, 0) + attributes
-        self._socket.send(struct.pack("=IHHII", 16 + len(body), _SUBSYSTEM | kind, flags, 0, 0) + body)
-        while True:
-            answer = self._socket.recv(1 << 18)
-            place = 0
-            while place < len(answer):
-                length, answered, *_ = struct.unpack_from("=IHHII", answer, place)
-                if answered == _DONE:
-                    return
-                if answered == _ERROR:
-                    error = -struct.unpack_from("=i", answer, place + 16)[0]
-                    raise OSError(error, os.strerror(error))
-                yield _attributes(answer[place + 20 : place + length])
-                place += (length + 3) & ~3
+        self._questions = question = (self._questions + 1) & 0xFFFFFFFF
+        self._socket.send(struct.pack("=IHHII", 16 + len(body), _SUBSYSTEM | kind, flags, question, 0) + body)
+        for answered, answer in self._answers(question):
+            if answered == _DONE:
+                return
+            if answered == _ERROR:
+                error = -struct.unpack_from("=i", answer)[0]
+                raise OSError(error, os.strerror(error))
+            yield _attributes(answer[4:])
             if not flags & _DUMP:
                 return
+
+    def _answers(self, question: int) -> Iterator[tuple[int, bytes]]:
+        """Yield the kind and the body of each answer; those to a question that was given up before are left out."""
+        while True:
+            received, place = self._socket.recv(1 << 18), 0
+            while place < len(received):
+                length, kind, _, answers, _ = struct.unpack_from("=IHHII", received, place)
+                if answers == question:
+                    yield kind, received[place + 16 : place + length]
+                place += (length + 3) & ~3
 
 
 def key(address: Address, port: Optional[int] = None) -> bytes:

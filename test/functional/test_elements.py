@@ -7,9 +7,10 @@ from typing import Callable
 
 import pytest
 
+from mailfwlib import netlink
 from mailfwlib.settings import login_ports
 from support.firewall import Firewall
-from support.net import Client
+from support.net import Client, Host
 
 ADDRESS = {"ipv4": "198.51.100.10", "ipv6": "2001:db8:a::10"}
 #: How the sources appear in the sets: an IPv6 source is its /64.
@@ -156,3 +157,15 @@ def test_refill_gives_a_source_its_burst_again(firewall: Firewall, alice: Client
     for _ in range(3):
         assert [alice.connect(143, ADDRESS[family]) for _ in range(3)] == ["open"] * 3
         firewall.refill(ADDRESS[family])
+
+
+def test_the_rest_of_an_answer_is_not_taken_for_the_next_one(firewall: Firewall, host: Host) -> None:
+    firewall.load()
+    firewall.trust("192.0.2.1")
+
+    def counted_after_a_list_that_was_not_read_to_its_end() -> int | None:
+        kernel = netlink.Kernel()
+        next(kernel.elements("trusted_ipv4"))
+        return kernel.counter("over_rate")
+
+    assert host.call(counted_after_a_list_that_was_not_read_to_its_end) == 0
