@@ -37,7 +37,7 @@ ELEMENTS = "/run/mailfw/elements.lock"
 #: What was loaded last since the host has booted. Its absence says that no rules are wanted.
 LOADED = Path("/run/mailfw/loaded")
 
-#: In the place of a fingerprint that is not known yet, and as long.
+#: In the place of a fingerprint that is not known, and as long: nothing that is loaded has it.
 _UNKNOWN = "0" * 64
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
@@ -227,15 +227,18 @@ def reload(directory: Path = RULES) -> str:
 
 
 def _apply_and_record(script: str, new: Objects) -> str:
-    changed = _apply(script, new)
-    _record(script, new)
+    changed, fingerprint = _apply(script, new)
+    _record(script, new, fingerprint)
     return changed
 
 
-def _apply(script: str, new: Objects) -> str:
-    old = live()
+def _apply(script: str, new: Objects) -> tuple[str, str]:
+    """Make the loaded rules ``new``; return the diff, and the fingerprint of what is loaded then."""
+    fingerprint, old = _fingerprint(new), live()
     changed = difference(old, new)
-    if changed and old:
+    if not changed:
+        return "", fingerprint
+    if old:
         names, since = remade(old, new), time.time()
         with turn(ELEMENTS):
             kept = {name: found for name, found in snapshot.current().items() if name in names} if names else {}
@@ -243,9 +246,19 @@ def _apply(script: str, new: Objects) -> str:
         if names:  # A login that did not wait for that long may not be among the elements that were carried.
             with contextlib.suppress(client.AgentError):
                 client.ask("again", str(since))
-    elif changed:
+    else:
         _create(script, new)
-    return changed
+    fingerprint = _fingerprint(new)
+    # Somebody may have taken them away again before they were looked at: that is not to pass for what was loaded.
+    return changed, _UNKNOWN if difference(live(), new) else fingerprint
+
+
+def _fingerprint(objects: Objects) -> str:
+    return netlink.Kernel().fingerprint(_static(objects))
+
+
+def _static(objects: Objects) -> list[str]:
+    return sorted(name for kind, name in objects if _is_static((kind, name), objects))
 
 
 def _create(script: str, new: Objects) -> None:
@@ -278,10 +291,10 @@ def install(texts: dict[str, str], directory: Path = RULES) -> tuple[str, list[s
             if stale:
                 _stage(texts, staged)
             _draft(draft, script, new)
-            changed = _apply(script, new)
+            changed, fingerprint = _apply(script, new)
             if stale:
                 _exchange(staged, directory)
-            _confirm(draft)
+            _confirm(draft, fingerprint)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
             draft.unlink(missing_ok=True)
@@ -348,28 +361,28 @@ def _key(script: str) -> str:
     return hashlib.sha256(f"{os.uname().release} {stamp}\n{script}".encode()).hexdigest()
 
 
-def _record(script: str, new: Objects) -> None:
+def _record(script: str, new: Objects, fingerprint: str) -> None:
     """Leave on this boot's disk what is loaded, for :func:`loaded`."""
     draft = LOADED.with_name("loading")
     _draft(draft, script, new)
-    _confirm(draft)
+    _confirm(draft, fingerprint)
 
 
 def _draft(path: Path, script: str, new: Objects) -> None:
     """Write a record of what is to be loaded, all but its fingerprint: a full disk shows before the rules change."""
-    static = sorted(name for kind, name in new if _is_static((kind, name), new))
     objects = [[*key, text] for key, text in new.items()]
     applies = loaded().get("applies", 0) + 1
-    record = {"applies": applies, "fingerprint": _UNKNOWN, "key": _key(script), "objects": objects, "static": static}
+    record = {"applies": applies, "fingerprint": _UNKNOWN, "key": _key(script), "objects": objects}
+    record["static"] = _static(new)
     files.replace(path, json.dumps(record))
 
 
-def _confirm(draft: Path) -> None:
+def _confirm(draft: Path, fingerprint: str) -> None:
     """Make a draft the record of what is loaded. Takes no more room."""
     with draft.open("r+", encoding="utf-8") as stream:
         text = stream.read()
         stream.seek(0)
-        stream.write(text.replace(_UNKNOWN, netlink.Kernel().fingerprint(json.loads(text)["static"]), 1))
+        stream.write(text.replace(_UNKNOWN, fingerprint, 1))
         stream.truncate()
     draft.replace(LOADED)
 

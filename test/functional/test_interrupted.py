@@ -231,6 +231,21 @@ def test_killed_restore(site: Site, host: Host, firewall: Firewall) -> None:
     assert seen == {False, True}
 
 
+def test_flush_during_a_load_is_seen(site: Site, host: Host, firewall: Firewall) -> None:
+    """Whoever takes the rules away while they are loaded, the agent does not take that for what was loaded."""
+    seen = set()
+    for number in itertools.count():
+        firewall.run("flush ruleset")
+        with Steps(host, TOOL, "load") as steps:
+            flushed = [firewall.run("flush ruleset") for place, _ in enumerate(steps) if place == number]
+        assert steps.process.returncode == 0, steps.output
+        if not flushed:
+            break
+        seen.add(loaded := known(host).rules == site.old.rules)
+        assert loaded or not site.is_recorded(), number
+    assert seen == {False, True}
+
+
 @pytest.fixture
 def disk(site: Site, host: Host, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A directory that is a small disk, with what was in there before."""

@@ -447,14 +447,13 @@ def kernel(monkeypatch, tmp_path):
             if self.refuses:
                 raise nft.NftError("syntax error")
             self.taken.append(script)
-            return "diff"
+            return "diff", "0123456789abcdef"
 
     made = Kernel()
     monkeypatch.setattr(ruleset, "_apply", made.apply)
     monkeypatch.setattr(ruleset, "_known", lambda script: {})
     monkeypatch.setattr(ruleset, "turn", contextlib.nullcontext)
     monkeypatch.setattr(ruleset, "LOADED", tmp_path / "run" / "loaded")
-    monkeypatch.setattr(ruleset.netlink, "Kernel", lambda: mock.Mock(fingerprint=lambda static: "fingerprint"))
     return made
 
 
@@ -507,12 +506,11 @@ def test_record_of_no_use_is_none(tmp_path, monkeypatch, text):
 def test_record_tells_what_the_kernel_makes_of_the_same_script(tmp_path, monkeypatch):
     monkeypatch.setattr(ruleset, "LOADED", tmp_path / "loaded")
     monkeypatch.setattr(ruleset, "wanted", lambda script: {("chain", "new"): script})
-    monkeypatch.setattr(ruleset.netlink, "Kernel", lambda: mock.Mock(fingerprint=lambda static: f"of {static}"))
-    ruleset._record("SCRIPT", OLD)
+    ruleset._record("SCRIPT", OLD, "0123456789abcdef")
     assert ruleset._known("SCRIPT") == OLD
     assert ruleset._known("OTHER") == {("chain", "new"): "OTHER"}
     assert ruleset.loaded()["static"] == ["services", "trusted_networks_ipv4"]
-    assert ruleset.loaded()["fingerprint"] == "of ['services', 'trusted_networks_ipv4']"
+    assert ruleset.loaded()["fingerprint"] == "0123456789abcdef"
     monkeypatch.setattr(os, "uname", lambda: mock.Mock(release="another kernel"))
     assert ruleset._known("SCRIPT") == {("chain", "new"): "SCRIPT"}
 
