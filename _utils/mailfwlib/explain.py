@@ -83,9 +83,8 @@ class _Look:
             return Entry(None, None, found.note)
         if full not in self._timeouts:
             self._timeouts[full] = self._kernel.timeout(full)
-        timeout = self._timeouts[full] if found.timeout is None else found.timeout
-        until = self._at + found.left
-        return Entry(until - timeout if timeout else None, until, found.note)
+        age = found.age(self._timeouts[full])
+        return Entry(None if age is None else self._at - age, self._at + found.left, found.note)
 
     def by_port(self, name: str, address: Address, ports: Iterable[int]) -> dict[int, Entry]:
         """Return the entries of an address with each of some ports."""

@@ -53,6 +53,14 @@ class SetElement(NamedTuple):
     left: Optional[float]
     note: str = ""
 
+    def age(self, default: Optional[float]) -> Optional[float]:
+        """Return the seconds since it was added, None where that cannot be told.
+
+        ``default``: the timeout of its set (see :meth:`Kernel.timeout`).
+        """
+        timeout = default if self.timeout is None else self.timeout
+        return max(0.0, timeout - self.left) if timeout and self.left is not None else None
+
 
 class Level(NamedTuple):
     """How full a set is: its elements, None where the kernel is too old to say, and how many it takes."""
@@ -65,9 +73,7 @@ class Kernel:
     """A conversation with the kernel about its packet filter. Raises OSError when the kernel refuses."""
 
     def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
-        self._socket.settimeout(5)
-        self._socket.bind((0, 0))
+        self._socket = _connect()
         self._questions = 0
 
     def generation(self) -> int:
@@ -193,15 +199,22 @@ class Kernel:
         body = struct.pack("=BBH", family, 0, 0) + attributes
         self._questions = question = (self._questions + 1) & 0xFFFFFFFF
         self._socket.send(struct.pack("=IHHII", 16 + len(body), _SUBSYSTEM | kind, flags, question, 0) + body)
-        for answered, answer in self._answers(question):
-            if answered == _DONE:
-                return
-            if answered == _ERROR:
-                error = -struct.unpack_from("=i", answer)[0]
-                raise OSError(error, os.strerror(error))
-            yield _attributes(answer[4:])
-            if not flags & _DUMP:
-                return
+        whole = False
+        try:
+            for answered, answer in self._answers(question):
+                whole = answered in (_DONE, _ERROR) or not flags & _DUMP
+                if answered == _DONE:
+                    return
+                if answered == _ERROR:
+                    error = -struct.unpack_from("=i", answer)[0]
+                    raise OSError(error, os.strerror(error))
+                yield _attributes(answer[4:])
+                if whole:
+                    return
+        finally:
+            if not whole:  # To a socket that has not read a list to its end, the kernel gives no other one: EBUSY.
+                self._socket.close()
+                self._socket = _connect()
 
     def _answers(self, question: int) -> Iterator[tuple[int, bytes]]:
         """Yield the kind and the body of each answer; those to a question that was given up before are left out."""
@@ -212,6 +225,13 @@ class Kernel:
                 if answers == question:
                     yield kind, received[place + 16 : place + length]
                 place += (length + 3) & ~3
+
+
+def _connect() -> socket.socket:
+    made = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
+    made.settimeout(5)
+    made.bind((0, 0))
+    return made
 
 
 def key(address: Address, port: Optional[int] = None) -> bytes:

@@ -34,21 +34,11 @@ def counts(kernel: netlink.Kernel) -> dict[str, str]:
             for element in kernel.elements(name):
                 address = element.value.partition(" ")[0]
                 everyone.add(address)
-                if age(element, default) < HOUR:
+                age = element.age(default)
+                if age is not None and age < HOUR:
                     lately.add(address)
         found[kind] = f"{len(everyone)} (+{len(lately)})" if lately else str(len(everyone))
     return found
-
-
-def age(element: netlink.SetElement, default: Optional[float]) -> float:
-    """Return the seconds since an element was added; infinite where that cannot be told.
-
-    ``default``: the timeout of its set, in seconds, None without one.
-    """
-    timeout = default if element.timeout is None else element.timeout
-    if not timeout or element.left is None:
-        return float("inf")
-    return max(0.0, timeout - element.left)
 
 
 def ago(at: Optional[float], now: Optional[float] = None) -> str:

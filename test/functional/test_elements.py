@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Callable
+from typing import Any, Callable
 
 import pytest
 
@@ -15,13 +15,9 @@ from support.net import Client, Host
 ADDRESS = {"ipv4": "198.51.100.10", "ipv6": "2001:db8:a::10"}
 #: How the sources appear in the sets: an IPv6 source is its /64.
 KEY = {"ipv4": "198.51.100.10", "ipv6": "2001:db8:a::"}
+#: What is in force by default.
+PILLAR: dict[str, Any] = {}
 LOGIN_PORTS = (587, 465, 143, 993, 110, 995, 4190)
-
-
-@pytest.fixture
-def loaded(firewall: Firewall) -> Firewall:
-    firewall.load()
-    return firewall
 
 
 def test_trust_adds_an_element_for_each_login_port(loaded: Firewall, family: str) -> None:
@@ -159,13 +155,16 @@ def test_refill_gives_a_source_its_burst_again(firewall: Firewall, alice: Client
         firewall.refill(ADDRESS[family])
 
 
-def test_the_rest_of_an_answer_is_not_taken_for_the_next_one(firewall: Firewall, host: Host) -> None:
+def test_a_list_that_is_not_read_to_its_end_is_in_nobodys_way(firewall: Firewall, host: Host) -> None:
     firewall.load()
-    firewall.trust("192.0.2.1")
+    values = [f"10.0.{one // 250}.{one % 250} . 587" for one in range(5000)]
+    firewall.run(f"add element inet mailfw trusted_ipv4 {{ {', '.join(values)} }}")
 
-    def counted_after_a_list_that_was_not_read_to_its_end() -> int | None:
+    def ask() -> tuple[int | None, int]:
         kernel = netlink.Kernel()
         next(kernel.elements("trusted_ipv4"))
-        return kernel.counter("over_rate")
+        counted = kernel.counter("over_rate")
+        next(kernel.elements("trusted_ipv4"))
+        return counted, kernel.count("trusted_ipv4")
 
-    assert host.call(counted_after_a_list_that_was_not_read_to_its_end) == 0
+    assert host.call(ask) == (0, 5000)

@@ -5,7 +5,6 @@ import importlib.util
 import pytest
 
 from mailfwlib import overview, settings
-from mailfwlib.netlink import SetElement
 
 HOUR = 3600.0
 
@@ -17,19 +16,6 @@ def outputter(root):
     spec.loader.exec_module(module)
     module.__opts__ = {"color": False}
     return module
-
-
-@pytest.mark.parametrize(
-    ("timeout", "left", "default", "expected"),
-    [
-        (100.0, 40.0, None, 60.0),
-        (None, 40.0, 100.0, 60.0),
-        (None, None, None, float("inf")),
-        (0.0, 0.0, 5.0, float("inf")),
-    ],
-)
-def test_age_goes_by_the_element_then_by_its_set(timeout, left, default, expected):
-    assert overview.age(SetElement("192.0.2.1", timeout, left, ""), default) == expected
 
 
 @pytest.mark.parametrize(
