@@ -23,6 +23,7 @@ from mailfwlib.journal import DIRECTORY, Journal, Pair, pair, pair_text
 from mailfwlib.link import Link
 from mailfwlib.parse import Address
 from mailfwlib.settings import Settings
+from mailfwlib.worker import Attempts
 
 TAG = "mailfw/login"
 #: The minion's scheduled job that asks the master for what this host has missed.
@@ -64,6 +65,8 @@ class Announcer:
             if at > time.time() - messages.OLDEST_LOGIN:
                 self._put(who, at)
         self._journal.replace(self._waiting)
+        # A line in the log is enough: logins are trusted on this host whether or not the fleet hears of them.
+        self._attempts = Attempts("logins could not be announced")
         self._thread = threading.Thread(target=self._run, name="announcer", daemon=True)
 
     def start(self) -> None:
@@ -138,18 +141,10 @@ class Announcer:
     def _run(self) -> None:
         if self._settings()["fleet"]["keys"]:
             # Salt takes a second to load: not in the way of the first login.
-            self._attempt(self._running_helper)
+            self._attempts.make(self._running_helper)
         while self._work_to_do():
-            self._attempt(self._send_waiting)
+            self._attempts.make(self._send_waiting)
             self._collect()
-
-    @staticmethod
-    def _attempt(step: Callable[[], Any]) -> None:
-        """Log what goes wrong: logins are trusted on this host whether or not the fleet hears of them."""
-        try:
-            step()
-        except Exception:
-            log.exception("logins could not be announced")
 
     def _work_to_do(self) -> bool:
         """Wait until there is something to tell or to ask, and return True; or False when it is time to end."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 from mailfwlib import netlink
+from mailfwlib.worker import Worker
 
-#: Seconds between two looks, and how many times as long as listing the sets took the pause after it is at least.
+#: Seconds between two looks, and how many times the processor time of a look the pause after it is at least.
 LOOK, REST = 1.0, 10
 #: Bans of one look that are told one by one.
 MOST_TOLD = 200
@@ -44,33 +44,19 @@ class Bans:
         self._kernel = netlink.Kernel()
         self._count: int | None = None
         self._known: dict[tuple[str, str, str], float] = {}
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="bans", daemon=True)
+        self._worker = Worker("bans", "bans cannot be looked at", self._tell_new, self._pause)
 
     def start(self) -> None:
         """Start the thread. Bans that there are already are no news."""
-        self._attempt(self._new)
-        self._thread.start()
+        self._worker.attempts.make(self._new)
+        self._worker.start()
 
     def stop(self) -> None:
         """End the thread."""
-        self._stopping.set()
-        self._thread.join(timeout=5)
+        self._worker.stop()
 
-    def _run(self) -> None:
-        pause = LOOK
-        while not self._stopping.wait(pause):
-            began = time.monotonic()
-            self._attempt(self._tell_new)
-            pause = max(LOOK, REST * (time.monotonic() - began))
-
-    @staticmethod
-    def _attempt(step: Callable[[], object]) -> None:
-        """Log what goes wrong: it is tried again."""
-        try:
-            step()
-        except Exception:
-            log.exception("bans cannot be looked at")
+    def _pause(self) -> float:
+        return max(LOOK, REST * self._worker.took)
 
     def _tell_new(self) -> None:
         found = self._new()

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 import subprocess
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mailfwlib import netlink, ruleset
+from mailfwlib.worker import Attempts, Worker, WorkError
 
 TOOL = "/usr/lib/mailfw/mailfw-rules"
 #: Seconds between two looks at the rules.
@@ -36,45 +36,35 @@ class Keeper:
         self._seen: tuple[int, Any] = (-1, None)
         self._snapshot_at = 0.0
         self._next_snapshot = time.monotonic()
-        self._next_repair = 0.0
+        self._pause = LOOK
         #: Since when elements may be missing, while a repair is not known to be done.
         self._unfinished: float | None = None
         self.heals = 0
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+        self._snapshots = Attempts("no snapshot")
+        self._worker = Worker("keeper", "the rules cannot be kept", self._work, lambda: self._pause, self._snapshot)
 
     def start(self) -> None:
         """Start the thread."""
-        self._thread.start()
+        self._worker.start()
 
     def stop(self) -> None:
         """End the thread, with a last snapshot."""
-        self._stopping.set()
-        self._thread.join(timeout=10)
+        self._worker.stop()
 
     def status(self) -> dict[str, Any]:
         """Return how often the rules were repaired, and when the last snapshot was taken, in Unix time."""
         return {"heals": self.heals, "last_snapshot": self._snapshot_at or None}
 
-    def _run(self) -> None:
-        while not self._stopping.wait(LOOK):
-            self._attempt(self._look)
-            if time.monotonic() >= self._next_snapshot:
-                self._attempt(self._snapshot)
-        self._attempt(self._snapshot)
-
-    @staticmethod
-    def _attempt(step: Callable[[], Any]) -> None:
-        """Log what goes wrong: it is tried again."""
-        try:
-            step()
-        except Exception:
-            log.exception("the rules could not be looked after")
+    def _work(self) -> None:
+        self._pause = LOOK
+        self._look()
+        if time.monotonic() >= self._next_snapshot:
+            self._snapshot()
 
     def _look(self) -> None:
         """Repair the rules if they are not those that were loaded last."""
         seen = (self._kernel.generation(), _stamp(ruleset.LOADED))
-        if seen == self._seen or time.monotonic() < self._next_repair:
+        if seen == self._seen:
             return
         if self._is_damaged():
             self._repair()
@@ -100,9 +90,8 @@ class Keeper:
             self._unfinished = self._snapshot_at
         done = self._start("load")
         if done.returncode:
-            self._next_repair = time.monotonic() + PATIENCE
-            log.error("the rules were altered and cannot be repaired: %s", done.stderr.strip())
-            return
+            self._pause = PATIENCE
+            raise WorkError(f"they were altered, and the repair fails: {done.stderr.strip()}")
         self.heals += 1
         log.warning("the rules were altered by somebody and are repaired:\n%s", done.stdout.strip())
         self._finish([line.partition(": ")[2] for line in done.stdout.splitlines() if line.startswith("altered: ")])
@@ -113,16 +102,18 @@ class Keeper:
             self._healed(since, altered)
 
     def _snapshot(self) -> None:
-        if not ruleset.loaded() or self._differs():
-            return
-        began, clock = time.monotonic(), time.time()
+        if ruleset.loaded() and not self._differs():
+            began = time.monotonic()
+            self._snapshots.make(self._save)
+            now = time.monotonic()
+            self._next_snapshot = now + max(SNAPSHOT, REST * (now - began))
+
+    def _save(self) -> None:
+        clock = time.time()
         done = self._start("save")
         if done.returncode:
-            log.error("no snapshot: %s", done.stderr.strip())
-        else:
-            self._snapshot_at = clock
-        now = time.monotonic()
-        self._next_snapshot = now + max(SNAPSHOT, REST * (now - began))
+            raise WorkError(done.stderr.strip())
+        self._snapshot_at = clock
 
     def _start(self, verb: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([self._tool, verb], capture_output=True, text=True, timeout=120, check=False)

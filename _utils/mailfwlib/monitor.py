@@ -9,7 +9,6 @@ import errno
 import logging
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Optional
 
 from mailfwlib import breakglass, familiar, files, metrics, netlink, ruleset, snapshot
 from mailfwlib.settings import Settings
+from mailfwlib.worker import Worker
 
 #: Seconds between two looks where the settings do not say, and how many times the processor time of a look the pause
 #: after it is at least.
@@ -44,22 +44,19 @@ class Monitor:
         self.familiar = familiar.Familiar()
         self._watch = familiar.Watch(self.familiar)
         self._started = time.time()
-        self._seconds = 0.0
         self._counted: dict[str, int] = {}
         self._next_count = 0.0
         self._was_missing = False
-        self._complaint = ""
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
+        self._kernel = netlink.Kernel()
+        self._worker = Worker("monitor", "no metrics", self._look, self._pause, self.familiar.save)
 
     def start(self) -> None:
         """Start the thread."""
-        self._thread.start()
+        self._worker.start()
 
     def stop(self) -> None:
         """End the thread; what is known of familiar addresses is on disk then."""
-        self._stopping.set()
-        self._thread.join(timeout=5)
+        self._worker.stop()
 
     def status(self) -> dict[str, Any]:
         """Return how many addresses are familiar, how many of them are refused now, and of some of these why."""
@@ -69,37 +66,21 @@ class Monitor:
         shown = dict(list(refused.items())[:MOST_SHOWN])
         return {"familiar": len(self.familiar), "familiar_refused": len(refused), "refused_addresses": shown}
 
-    def _run(self) -> None:
-        wait = 1.0  # The first look is soon, so that a restart leaves no gap.
-        while not self._stopping.wait(wait):
-            began = time.thread_time()  # Waiting for a disk takes nothing from anybody.
-            self._attempt(self._look)
-            self._seconds = time.thread_time() - began
-            wait = max((self._settings().get("metrics") or {}).get("interval", LOOK), REST * self._seconds)
-        self._attempt(self.familiar.save)
-
-    def _attempt(self, step: Callable[[], Any]) -> None:
-        """Log what goes wrong, once until it goes well or wrong in another way: it is tried again."""
-        try:
-            step()
-            self._complaint = ""
-        except Exception as err:
-            if str(err) != self._complaint:
-                log.error("no metrics: %s", err, exc_info=not isinstance(err, OSError))
-            self._complaint = str(err)
+    def _pause(self) -> float:
+        wanted = (self._settings().get("metrics") or {}).get("interval", LOOK)
+        return float(max(wanted, REST * self._worker.took))
 
     def _look(self) -> None:
         self.familiar.save()
-        # Of a new conversation with the kernel, no answer to an older question is left.
-        settings, now, kernel = self._settings(), time.time(), netlink.Kernel()
-        if kernel.sets():
-            found = familiar.refused(kernel, self.familiar, settings, now)
+        settings, now = self._settings(), time.time()
+        if self._kernel.sets():
+            found = familiar.refused(self._kernel, self.familiar, settings, now)
             for sentence in self._watch.look(found, settings["enforce"], now):
                 log.warning("%s", sentence)
-        levels = self._levels(kernel)
+        levels = self._levels()
         self._tell_news(settings["host"]["id"], levels, breakglass.opening(now))
         if settings.get("metrics"):
-            self._write(Path(settings["metrics"]["directory"]), self._facts(settings, kernel, levels, now))
+            self._write(Path(settings["metrics"]["directory"]), self._facts(settings, levels, now))
 
     def _tell_news(self, host: str, levels: dict[str, netlink.Level], opening: Optional[breakglass.Opening]) -> None:
         """Tell of sets that have become full, and of an opening that has begun, changed or ended."""
@@ -116,19 +97,17 @@ class Monitor:
             self._tell("mailfw/open", {"host": host, "until": ends, "reason": reason})
         self._opening = opening
 
-    def _facts(
-        self, settings: Settings, kernel: netlink.Kernel, levels: dict[str, netlink.Level], now: float
-    ) -> metrics.Facts:
+    def _facts(self, settings: Settings, levels: dict[str, netlink.Level], now: float) -> metrics.Facts:
         agent, record = self._status(), ruleset.loaded()
         return metrics.Facts(
             now=now,
-            seconds=self._seconds,
+            seconds=self._worker.took,
             started=self._started,
             settings=settings,
             agent=agent,
-            counters=kernel.counters(),
+            counters=self._kernel.counters(),
             levels=levels,
-            altered=bool(record) and kernel.fingerprint(record["static"]) != record["fingerprint"],
+            altered=bool(record) and self._kernel.fingerprint(record["static"]) != record["fingerprint"],
             applies=record.get("applies", 0),
             applied=_modified(ruleset.LOADED),
             opening=self._opening,
@@ -138,14 +117,14 @@ class Monitor:
             refusals=self._watch.times,
         )
 
-    def _levels(self, kernel: netlink.Kernel) -> dict[str, netlink.Level]:
+    def _levels(self) -> dict[str, netlink.Level]:
         """Return how full the sets are; where the kernel does not say, their elements are counted now and then."""
-        levels = kernel.levels()
+        levels = self._kernel.levels()
         if all(level.elements is not None for level in levels.values()):
             return levels
         if time.monotonic() >= self._next_count:
             began = time.thread_time()
-            self._counted = {name: kernel.count(name) for name in levels}
+            self._counted = {name: self._kernel.count(name) for name in levels}
             self._next_count = time.monotonic() + max(COUNT, REST * (time.thread_time() - began))
         return {name: level._replace(elements=self._counted.get(name)) for name, level in levels.items()}
 

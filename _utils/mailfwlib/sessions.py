@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import shutil
 import subprocess
 import threading
@@ -22,6 +21,7 @@ from mailfwlib.journal import DIRECTORY, Journal
 from mailfwlib.parse import Address
 from mailfwlib.people import LONGEST_NAME
 from mailfwlib.settings import Settings
+from mailfwlib.worker import Worker, WorkError
 
 #: Dovecot's services where a session begins with a password: LMTP's clients, for one, are other mail servers.
 PROTOCOLS = {"imap", "pop3", "sieve", "managesieve", "submission"}
@@ -37,10 +37,8 @@ MOST_LOGINS, SAME = 100_000, 3600.0
 #: An address as text, and a user.
 Client = tuple[str, str]
 
-log = logging.getLogger("mailfw-agent")
 
-
-class SessionsError(RuntimeError):
+class SessionsError(WorkError):
     """Dovecot does not say who is logged in; the message says why."""
 
 
@@ -84,34 +82,27 @@ class Sessions:
 
     def __init__(self, settings: Callable[[], Settings], renew: Callable[[list[Client]], Any], tool: str = "doveadm"):
         self._settings, self._renew, self._tool = settings, renew, tool
-        self._next_look = 0.0
         self._failures = 0
-        self._thread = threading.Thread(target=self._run, name="sessions", daemon=True)
+        failing = "the trust of who is still logged in is not renewed"
+        self._worker = Worker("sessions", failing, self.look, lambda: pause(self._settings()))
 
     def start(self) -> None:
         """Start the thread. It ends with the process."""
-        self._thread.start()
-
-    def _run(self) -> None:
-        while True:
-            time.sleep(1.0)
-            if time.monotonic() >= self._next_look:
-                try:
-                    self.look()
-                except Exception:
-                    log.exception("who is still logged in is not known")
-                self._next_look = time.monotonic() + pause(self._settings())
+        self._worker.start()
 
     def look(self) -> None:
-        """Have everybody renewed who is logged in. Does nothing on a host without Dovecot."""
+        """Have everybody renewed who is logged in. Does nothing on a host without Dovecot.
+
+        Raises SessionsError when Dovecot does not say so twice: once is one that restarts, or is up after the agent.
+        """
         if "dovecot" not in self._settings()["roles"] or not shutil.which(self._tool):
             return
         try:
             found = sorted((str(address), user) for address, user in logged_in(self._tool))
-        except SessionsError as err:
+        except SessionsError:
             self._failures += 1
-            if self._failures == 2:  # One is an agent that is up before Dovecot, or a Dovecot that restarts.
-                log.warning("%s; the trust of who is still logged in is not renewed", err)
+            if self._failures > 1:
+                raise
             return
         self._failures = 0
         for first in range(0, len(found), AT_ONCE):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mailfwlib import files, nft, ruleset, snapshot
+from mailfwlib import files, keeper, nft, ruleset, snapshot
 from support.agent import KEY, Agent
 from support.firewall import Firewall
 from support.net import Client, Host, until
@@ -124,6 +124,19 @@ def test_repair_brings_back_what_was_known_last(agent: Agent, installed: Firewal
     assert banned in installed.elements(f"banned_dovecot_{family}")
     assert 3500 < installed.elements(f"banned_postfix_{family}")[banned] <= 3600
     assert installed.elements(f"blocked_{family}") == {blocked: float("inf")}
+
+
+@pytest.mark.slow
+def test_repair_that_fails_is_said_once_and_tried_again(agent: Agent, installed: Firewall, host: Host) -> None:
+    broken = ruleset.RULES / "broken.nft"
+    host.call(broken.write_text, "no rule")
+    flush(installed)
+    until(lambda: "the rules cannot be kept: they were altered, and the repair fails: " in agent.log(), "said", SOON)
+    time.sleep(keeper.PATIENCE + 2 * keeper.LOOK)
+    assert agent.log().count("the repair fails") == 1
+    host.call(broken.unlink)
+    until(lambda: agent.status()["heals"] == 1, "repaired", keeper.PATIENCE + SOON)
+    until(lambda: "the rules cannot be kept: that is over" in agent.log(), "said", SOON)
 
 
 def test_agent_leaves_an_unloaded_table_alone(agent: Agent, installed: Firewall, host: Host) -> None:

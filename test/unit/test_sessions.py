@@ -173,30 +173,23 @@ def test_a_host_without_the_role_is_not_asked(tool: Tool, roles: list[str]) -> N
     assert not Path(tool("") + ".asked").exists()
 
 
-@pytest.fixture
-def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is logged."""
-    said: list[str] = []
-    monkeypatch.setattr(sessions.log, "warning", lambda sentence, *about: said.append(sentence % about))
-    return said
-
-
-def test_a_host_without_dovecot_says_nothing(warnings: list[str]) -> None:
+def test_a_host_without_dovecot_is_no_error() -> None:
     made, renewed = looking("/nonexistent/doveadm")
     for _ in range(3):
         made.look()
     assert not renewed
-    assert not warnings
 
 
-def test_a_dovecot_that_stays_away_is_said_once(tool: Tool, warnings: list[str]) -> None:
+def test_a_dovecot_that_stays_away_is_an_error(tool: Tool) -> None:
     made, _ = looking(tool("exit 75"))
-    made.look()
-    assert not warnings, "it may only be restarting"
-    for _ in range(3):
+    for _ in range(2):
+        made.look()  # It may only be restarting.
+        for _ in range(2):
+            with pytest.raises(SessionsError, match="doveadm who: exit status 75"):
+                made.look()
+        tool("echo []")
         made.look()
-    (said,) = warnings
-    assert said.endswith("doveadm who: exit status 75; the trust of who is still logged in is not renewed")
+        tool("exit 75")
 
 
 @pytest.fixture
