@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
+from support.agent import Agent
 from support.firewall import Firewall
 from support.mail import MailServer
 from support.net import FAMILIES, Client, Host, Net
@@ -60,6 +63,20 @@ def firewall(net: Net) -> Iterator[Firewall]:
     made = Firewall(net.host)
     yield made
     made.unload()
+
+
+@pytest.fixture
+def loaded(firewall: Firewall, request: pytest.FixtureRequest) -> Firewall:
+    """The rules for the PILLAR of the test's module."""
+    firewall.load(**request.module.PILLAR)
+    return firewall
+
+
+@pytest.fixture
+def agent(loaded: Firewall, host: Host, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Agent]:
+    """An agent for the PILLAR of the test's module."""
+    with closing(Agent(host, tmp_path, request.module.PILLAR)) as made:
+        yield made
 
 
 @pytest.fixture(params=FAMILIES)

@@ -34,19 +34,6 @@ PILLAR: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def loaded(firewall: Firewall) -> Firewall:
-    firewall.load(**PILLAR)
-    return firewall
-
-
-@pytest.fixture
-def agent(loaded: Firewall, host: Host, tmp_path: Path) -> Iterator[Agent]:
-    made = Agent(host, tmp_path, PILLAR)
-    yield made
-    made.close()
-
-
 def trusted(firewall: Firewall, family: str) -> dict[str, float]:
     return firewall.elements(f"trusted_{family}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,17 +34,9 @@ def journal(host: Host) -> Iterator[SystemJournal]:
 
 
 @pytest.fixture
-def loaded(firewall: Firewall) -> Firewall:
-    firewall.load(**PILLAR)
-    return firewall
-
-
-@pytest.fixture
-def agent(loaded: Firewall, journal: SystemJournal, host: Host, tmp_path: Path) -> Iterator[Agent]:
-    made = Agent(host, tmp_path, PILLAR)
-    made.status()
-    yield made
-    made.close()
+def agent(journal: SystemJournal, agent: Agent) -> Agent:
+    agent.status()  # it has started
+    return agent
 
 
 def exceed(client: Client, source: str, port: int = 143) -> None:

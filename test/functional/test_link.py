@@ -56,14 +56,6 @@ class Helper:
 
 
 @pytest.fixture
-def agent(firewall: Firewall, host: Host, tmp_path: Path) -> Iterator[Agent]:
-    firewall.load(**PILLAR)
-    made = Agent(host, tmp_path, PILLAR)
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def helper(agent: Agent, host: Host, tmp_path: Path) -> Iterator[Helper]:
     made = Helper(agent, host, tmp_path)
     yield made

@@ -43,15 +43,9 @@ def textfiles(host: Host) -> Iterator[Path]:
 
 
 @pytest.fixture
-def loaded(firewall: Firewall) -> Firewall:
-    firewall.load(**PILLAR)
-    return firewall
-
-
-@pytest.fixture
-def agent(loaded: Firewall, host: Host, textfiles: Path, tmp_path: Path) -> Iterator[Agent]:
-    with closing(Agent(host, tmp_path, PILLAR)) as made:
-        yield made
+def agent(textfiles: Path, agent: Agent) -> Agent:
+    """An agent that finds node_exporter's directory when it starts."""
+    return agent
 
 
 def figures(host: Host) -> dict[str, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +34,9 @@ REPORT = {
 
 
 @pytest.fixture
-def agent(firewall: Firewall, host: Host, tmp_path: Path) -> Iterator[Agent]:
-    firewall.load(**PILLAR)
-    made = Agent(host, tmp_path, PILLAR)
+def agent(agent: Agent, host: Host) -> Agent:
     until(lambda: answers(host), "reports are taken")
-    yield made
-    made.close()
+    return agent
 
 
 def answers(host: Host) -> bool:

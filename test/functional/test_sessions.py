@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -31,20 +30,6 @@ PILLAR: dict[str, Any] = {
     "trusted": {"period": "1h"},
 }
 PRIVATE = {**PILLAR, "protection": {"type": "private"}}
-
-
-@pytest.fixture
-def loaded(firewall: Firewall) -> Firewall:
-    firewall.load(**PILLAR)
-    return firewall
-
-
-@pytest.fixture
-def agent(loaded: Firewall, host: Host, tmp_path: Path) -> Iterator[Agent]:
-    """An agent under which a login is trusted for an hour."""
-    made = Agent(host, tmp_path, PILLAR)
-    yield made
-    made.close()
 
 
 def clients(*sources: str) -> list[str]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,18 +24,6 @@ PILLAR: dict[str, Any] = {"fleet": {"keys": [KEY]}, "trusted": {"per_user": LIMI
 
 def pillar(**trusted: Any) -> dict[str, Any]:
     return {**PILLAR, "trusted": {**PILLAR["trusted"], **trusted}}
-
-
-@pytest.fixture
-def loaded(firewall: Firewall) -> Firewall:
-    firewall.load(**PILLAR)
-    return firewall
-
-
-@pytest.fixture
-def agent(loaded: Firewall, host: Host, tmp_path: Path) -> Iterator[Agent]:
-    with closing(Agent(host, tmp_path, PILLAR)) as made:
-        yield made
 
 
 def trusted(firewall: Firewall) -> dict[str, set[int]]:
