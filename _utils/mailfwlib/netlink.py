@@ -213,8 +213,8 @@ class Kernel:
                     return
         finally:
             if not whole:  # To a socket that has not read a list to its end, the kernel gives no other one: EBUSY.
-                self._socket.close()
-                self._socket = _connect()
+                given_up, self._socket = self._socket, _connect()
+                given_up.close()
 
     def _answers(self, question: int) -> Iterator[tuple[int, bytes]]:
         """Yield the kind and the body of each answer; those to a question that was given up before are left out."""
