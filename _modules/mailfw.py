@@ -41,6 +41,7 @@ from mailfwlib import (
     elements,
     files,
     kick,
+    listing,
     messages,
     neighbours,
     netlink,
@@ -50,6 +51,7 @@ from mailfwlib import (
     people,
     rules,
     ruleset,
+    snapshot,
     sockets,
 )
 from mailfwlib import explain as explaining
@@ -58,7 +60,14 @@ from mailfwlib import settings as schema
 log = logging.getLogger(__name__)
 
 __virtualname__ = "mailfw"
-__func_alias__ = {"apply_": "apply", "open_": "open", "doctor_": "doctor", "overview_": "overview"}
+__func_alias__ = {
+    "apply_": "apply",
+    "open_": "open",
+    "doctor_": "doctor",
+    "overview_": "overview",
+    "list_": "list",
+}
+__outputter__ = {"list_": "mailfw"}
 
 SETTINGS = "/etc/mailfw/settings.json"
 TREE = "salt://mailfw"
@@ -383,9 +392,7 @@ def _ports(services, host):
 def _roles(role):
     if role is None:
         return schema.ROLES
-    if role not in schema.ROLES:
-        raise SaltInvocationError(f"role {role!r}: expected one of {', '.join(schema.ROLES)}")
-    return (role,)
+    return (_choice("role", role, schema.ROLES),)
 
 
 def _run(script):
@@ -752,8 +759,7 @@ def flush(kind, all=False, reason="", **kwargs):
         salt mx1 mailfw.flush banned all=True
     """
     by, why = _who(kwargs), _reason(reason)
-    if kind not in _FLUSHED:
-        raise SaltInvocationError(f"kind {kind!r}: expected one of {', '.join(_FLUSHED)}")
+    _choice("kind", kind, _FLUSHED)
     found = {name: _elements(name) for name in _sets(_FLUSHED[kind])}
     count = sum(map(len, found.values()))
     if all is not True:
@@ -1193,57 +1199,105 @@ def _live():
         raise CommandExecutionError(str(err)) from err
 
 
-def list_trusted():
+def list_(kind=None, service=None, role=None, network=None, user=None, sort="remaining", limit=100):
     """
-    Return the trusted addresses of this host: address -> port -> how long it still is.
+    List who is trusted, banned and blocked on this host, and with ``enforce: false`` who would have been refused
+    (``observed``): what is in the sets. The networks of the pillar are in :py:func:`settings`. Returns
 
-    CLI Example:
+    - ``rows``: ``kind``; ``address``, over IPv6 its prefix; ``where``, the ports, or the role of a ban, or nothing for
+      everywhere; how long it has ``left``; ``by`` whom or what, and why
+    - ``of``: how many rows there are, shown or not
 
-    .. code-block:: bash
+    Comes to an end where people log in all the time; an address that changes in that moment may be missing.
 
-        salt mx1 mailfw.list_trusted
-    """
-    found = {}
-    for family in schema.FAMILIES:
-        found.update(elements.by_address_and_port(_elements(f"trusted_{family}")))
-    return found
+    kind
+        ``trusted``, ``banned``, ``blocked`` or ``observed``, or several of them. Default: all.
 
-
-def list_banned(role=None):
-    """
-    Return the banned sources of this host: role -> address -> how long it still is.
+    service
+        Only what bears on these services or ports: bans of their role, and blocks, too. Default: all.
 
     role
-        ``postfix`` or ``dovecot``. Default: both.
+        Only what bears on ``postfix`` or ``dovecot``. Default: both.
+
+    network
+        Only sources within these addresses or networks, or around them. Default: everywhere.
+
+    user
+        Only sources from where this user has logged in lately: the last hundred such addresses. Default: everybody's.
+
+    sort
+        ``remaining``: what lasts longest comes first; ``ending``: what ends soonest; or ``address``. Default:
+        ``remaining``.
+
+    limit
+        How many rows at most, up to 3000. Default: 100.
 
     CLI Example:
 
     .. code-block:: bash
 
-        salt mx1 mailfw.list_banned
+        salt mx1 mailfw.list
+        salt mx1 mailfw.list banned role=dovecot network=198.51.100.0/24 sort=address
+        salt mx1 mailfw.list trusted service=submission user=alice@example.org
     """
-    found = {}
-    for one in _roles(role):
-        found[one] = {}
-        for family in schema.FAMILIES:
-            found[one].update(elements.by_address(_elements(f"banned_{one}_{family}")))
-    return found
+    host, now = _host_settings(), time.time()
+    wanted = _wanted(host, kind, service, role, network, user)
+    order = _choice("sort", sort, listing.SORTS)
+    most = _limit(limit)
+    found = list(listing.rows(_listed(wanted), wanted, host))
+    rows = [listing.said(row, now, host) for row in listing.in_order(found, order, most)]
+    return {"rows": rows, "of": len(found)}
 
 
-def list_blocked():
-    """
-    Return the sources that operators have blocked on this host: address -> how long it still is.
+def _wanted(host, kind, service, role, network, user):
+    """Return what is to be listed."""
+    kinds = listing.KINDS if kind is None else [_choice("kind", one, listing.KINDS) for one in _list(kind)]
+    if kind is not None and "observed" in kinds and not _sets("observed_"):
+        raise SaltInvocationError("kind 'observed': this host enforces its rules: see mailfw.observed for before that")
+    ports, roles = None, set(_roles(role))
+    if service is not None or role is not None:
+        asked = _ports(service, host)
+        known = [one for one in host["services"] if one["port"] in asked and one["role"] in roles]
+        ports, roles = frozenset(one["port"] for one in known), {one["role"] for one in known}
+    within = [] if network is None else [[_network(one) for one in _list(network)]]
+    if user is not None:
+        within.append(_places(user, host))
+    return listing.Wanted(frozenset(kinds), ports, frozenset(roles), tuple(within))
 
-    CLI Example:
 
-    .. code-block:: bash
+def _places(user, host):
+    """Return from where a user has logged in lately."""
+    user = _user(user)
+    if host["trusted"]["users"] == "off":
+        raise SaltInvocationError("user: mailfw:trusted:users is off on this host, so it is not known who logs in")
+    places = json.loads(_ask_agent("places", user))
+    return [elements.trusted_network(parse.address(address), host) for address in places]
 
-        salt mx1 mailfw.list_blocked
-    """
-    found = {}
-    for family in schema.FAMILIES:
-        found.update(elements.by_address(_elements(f"blocked_{family}")))
-    return found
+
+def _listed(wanted):
+    try:
+        return snapshot.current(wanted.sets())
+    except nft.NftError as err:
+        raise CommandExecutionError(f"{err}; see mailfw.status") from err
+
+
+def _network(value):
+    try:
+        return parse.network(value)
+    except ValueError as err:
+        raise SaltInvocationError(f"network {value!r:.80}: {err}") from err
+
+
+def _choice(name, value, accepted):
+    if value not in tuple(accepted):
+        raise SaltInvocationError(f"{name} {value!r:.80}: expected one of {', '.join(accepted)}")
+    return value
+
+
+def _limit(value):
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= listing.MOST:
+        raise SaltInvocationError(f"limit {value!r:.80}: expected a whole number from 1 to {listing.MOST}")
+    return value
 
 
 def login(address, user=""):

@@ -25,7 +25,7 @@ from mailfwlib import audit, breakglass, doctor, doctor_master, messages, overvi
 log = logging.getLogger(__name__)
 
 __virtualname__ = "mailfw"
-__func_alias__ = {"open_": "open", "doctor_": "doctor"}
+__func_alias__ = {"open_": "open", "doctor_": "doctor", "list_": "list"}
 
 #: Seconds in which messages are collected into one job, once the first of a quiet period has been published.
 WINDOW = 0.25
@@ -421,6 +421,22 @@ def _standing(said):
         "blocked": said["blocked"] or "",
         "refused": [service for service, word in _words(said["verdicts"]).items() if word == "refused"],
     }
+
+
+def list_(kind=None, service=None, role=None, network=None, user=None, sort=None, limit=None):
+    """
+    List who is trusted, banned and blocked on each mail host, in a table. The parameters, and what is listed, are those
+    of the function of that name in the execution module; ``limit`` is for each host.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-run mailfw.list
+        salt-run mailfw.list banned network=198.51.100.0/24 --out=json
+    """
+    arguments = {"kind": kind, "service": service, "role": role, "network": network, "user": user, "sort": sort}
+    return {"data": _ask_all("mailfw.list", {**arguments, "limit": limit}), "outputter": "mailfw"}
 
 
 def trust(address, period=None, services=None, reason=""):

@@ -10,8 +10,7 @@ import ipaddress
 from collections.abc import Iterable, Iterator
 from typing import Any, Union
 
-from mailfwlib import nft, parse
-from mailfwlib.netlink import SetElement
+from mailfwlib import nft
 from mailfwlib.parse import Address, Network
 from mailfwlib.settings import ROLES, Settings
 
@@ -212,22 +211,3 @@ def forget(source: Source, sets: Iterable[str], ports: list[int], settings: Sett
     keys = source_keys(source, settings)
     values = [f"{key} . {port}" for key in keys for port in ports]
     return "".join(_remove(name, values) for name in sets if name.endswith(family(source)))
-
-
-def left(element: SetElement) -> str:
-    """Return how long an element still lives, such as ``23h32m47s``, or ``forever``."""
-    return "forever" if element.left is None else parse.duration_text(element.left)
-
-
-def by_address(listed: Iterable[SetElement]) -> dict[str, str]:
-    """Return the elements of a set of addresses: address -> how long it still lives."""
-    return {one.value: left(one) for one in listed}
-
-
-def by_address_and_port(listed: Iterable[SetElement]) -> dict[str, dict[int, str]]:
-    """Return the elements of a set of addresses and ports: address -> port -> how long it still lives."""
-    found: dict[str, dict[int, str]] = {}
-    for one in listed:
-        address, _, port = one.value.partition(" . ")
-        found.setdefault(address, {})[int(port)] = left(one)
-    return {address: dict(sorted(ports.items())) for address, ports in found.items()}

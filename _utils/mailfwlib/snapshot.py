@@ -48,8 +48,8 @@ Attempt = dict[str, dict[str, Element]]
 ATTEMPTS = 3
 
 
-def current() -> Elements:
-    """Return the elements that are loaded now and worth keeping. Lists those sets.
+def current(wanted: re.Pattern[str] = KEPT) -> Elements:
+    """Return the elements that are loaded now of the sets with such names, by default those worth keeping.
 
     Where people log in all the time there is no moment to list them undisturbed: what any of some attempts has found
     counts then. Raises NftError, also when no table is loaded: that nobody is trusted is not what such a host knows.
@@ -58,7 +58,7 @@ def current() -> Elements:
     try:
         for _ in range(ATTEMPTS):
             generation = kernel.generation()
-            seen = _listed(kernel)
+            seen = _listed(kernel, wanted)
             if kernel.generation() == generation:
                 found = seen
                 break
@@ -71,12 +71,12 @@ def current() -> Elements:
     return {name: list(listed.values()) for name, listed in found.items()}
 
 
-def _listed(kernel: netlink.Kernel) -> Attempt:
-    now = time.time()
+def _listed(kernel: netlink.Kernel, wanted: re.Pattern[str]) -> Attempt:
+    # It takes seconds to list very many: each is as the kernel says it at its own moment.
     return {
-        name: {one.value: _element(one, now) for one in kernel.elements(name)}
+        name: {one.value: _element(one, time.time()) for one in kernel.elements(name)}
         for name in kernel.sets()
-        if KEPT.fullmatch(name)
+        if wanted.fullmatch(name)
     }
 
 

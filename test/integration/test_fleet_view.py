@@ -102,6 +102,29 @@ def test_why_a_user_cannot_send_is_one_question(fleet: Fleet, mx1: MailHost, mx2
     fleet.call(mx2, "mailfw.unblock", home)
 
 
+def test_list_of_all_hosts(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
+    address = fleet.new_address()
+    fleet.call(mx1, "mailfw.trust", address, services="submission", reason="ticket 17")
+    fleet.call(mx2, "mailfw.block", address)
+    asked = ("mailfw.list", f"network={address}")
+    status, said = fleet.salt_run(*PATIENTLY, *asked)
+    assert (status, said["failed"], said["no answer"]) == (0, {}, [])
+    rows = {host: found["rows"] for host, found in said["hosts"].items()}
+    assert [(row["kind"], row["where"]) for row in rows["mx1"]] == [("trusted", [587])]
+    assert [(row["kind"], row["left"]) for row in rows["mx2"]] == [("blocked", "forever")]
+
+    heading, *shown = fleet.salt_run_shows(*PATIENTLY, *asked)[1].splitlines()
+    assert heading.split() == ["host", "kind", "address", "where", "left", "by"]
+    assert [row.split()[:3] for row in shown] == [["mx1", "trusted", address], ["mx2", "blocked", address]]
+    with mx2.frozen():
+        status, said = fleet.salt_run("mailfw.list", "blocked", f"network={address}")
+    assert (status, said["no answer"], said["hosts"]["mx1"]) == (1, ["mx2"], {"rows": [], "of": 0})
+    status, said = fleet.salt_run(*PATIENTLY, "mailfw.list", "friends")
+    assert (status, said["hosts"], said["failed"].keys()) == (1, {}, {"mx1", "mx2"})
+    fleet.call(mx1, "mailfw.untrust", address)
+    fleet.call(mx2, "mailfw.unblock", address)
+
+
 def test_a_user_who_is_not_known_comes_with_advice(fleet: Fleet, mx1: MailHost) -> None:
     said = fleet.call(mx1, "mailfw.why", "nobody-of-that-name")
     assert said["addresses"] == {}

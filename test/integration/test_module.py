@@ -12,13 +12,18 @@ import pytest
 
 from integration.fleet import NETWORK, Fleet, MailHost, wait_until_trusted
 from integration.hosts import network_of, wait_for
-from mailfwlib import messages
+from mailfwlib import listing, messages
 
 
 def both(fleet: Fleet, function: str, *arguments: Any, **named: Any) -> list[Any]:
     """Call a function on both mail hosts with one job; return what each returned."""
     found = fleet.call_all(list(fleet.hosts.values()), function, *arguments, **named)
     return [found["mx1"], found["mx2"]]
+
+
+def listed(fleet: Fleet, target: MailHost, *arguments: Any, **named: Any) -> list[dict[str, Any]]:
+    """Return the rows of a mail host's list."""
+    return fleet.call(target, "mailfw.list", *arguments, **named)["rows"]
 
 
 def test_settings_are_the_pillar_with_defaults_and_without_secrets(fleet: Fleet) -> None:
@@ -58,14 +63,15 @@ def test_trust_and_untrust(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
     assert done == {"trusted": address, "ports": [587, 465, 143, 993, 110, 995, 4190], "period": "1d", "was": {}}
     assert mx1.trusts(address)
     assert not mx2.trusts(address)
-    assert fleet.call(mx1, "mailfw.list_trusted")[address].keys() == set(done["ports"])
+    (row,) = listed(fleet, mx1, "trusted", network=address)
+    assert row["where"] == sorted(done["ports"])
     assert "accepted: trusted" in fleet.call(mx1, "mailfw.check", address)["services"]["imaps"]
 
     undone = {"untrusted": address, "ports": sorted(done["ports"]), "sessions_ended": 0}
     assert fleet.call(mx1, "mailfw.untrust", address) == undone
     assert fleet.call(mx1, "mailfw.untrust", address) == {**undone, "ports": []}
     assert not mx1.trusts(address)
-    assert address not in fleet.call(mx1, "mailfw.list_trusted")
+    assert listed(fleet, mx1, network=address) == []
 
 
 def test_trust_on_some_services_for_some_time(fleet: Fleet, mx1: MailHost) -> None:
@@ -90,15 +96,13 @@ def test_ban_and_unban(fleet: Fleet, mx1: MailHost) -> None:
     assert done == {"banned": address, "roles": ["dovecot"], "period": "1h30m", "was": {}}
     again = fleet.call(mx1, "mailfw.ban", address, role="dovecot", period="2h")
     assert re.fullmatch(r"1h(30m|29m\d\ds)", again["was"]["dovecot"])
-    banned = fleet.call(mx1, "mailfw.list_banned")
-    assert address in banned["dovecot"]
-    assert address not in banned["postfix"]
+    assert [row["where"] for row in listed(fleet, mx1, "banned", network=address)] == [["dovecot"]]
     services = fleet.call(mx1, "mailfw.check", address)["services"]
     assert "refused: banned" in services["imap"]
     assert "limited: below the rate" in services["submission"]
 
     assert fleet.call(mx1, "mailfw.unban", address) == {"unbanned": address, "roles": ["dovecot"]}
-    assert address not in fleet.call(mx1, "mailfw.list_banned", role="dovecot")["dovecot"]
+    assert listed(fleet, mx1, "banned", role="dovecot", network=address) == []
 
 
 def test_a_login_lifts_a_ban_on_every_host_but_never_a_block(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
@@ -109,7 +113,7 @@ def test_a_login_lifts_a_ban_on_every_host_but_never_a_block(fleet: Fleet, mx1: 
     mx1.agent.login(blocked)
     wait_until_trusted(banned, mx2)
     wait_until_trusted(blocked, mx2)
-    assert all(banned not in listed["dovecot"] for listed in both(fleet, "mailfw.list_banned"))
+    assert [found["of"] for found in both(fleet, "mailfw.list", "banned", network=banned)] == [0, 0]
     for found in both(fleet, "mailfw.check", blocked):
         assert found["services"]["imap"].startswith("refused: blocked without an end, by ")
 
@@ -119,10 +123,11 @@ def test_block_and_unblock(fleet: Fleet) -> None:
     done = {"blocked": address, "period": "forever", "sessions_ended": 0, "was": ""}
     assert both(fleet, "mailfw.block", address) == [done] * 2
     assert both(fleet, "mailfw.block", address) == [{**done, "was": "forever"}] * 2
-    assert [listed[address] for listed in both(fleet, "mailfw.list_blocked")] == ["forever"] * 2
+    for found in both(fleet, "mailfw.list", "blocked", network=address):
+        assert [row["left"] for row in found["rows"]] == ["forever"]
     assert both(fleet, "mailfw.unblock", address) == [{"unblocked": address, "was_blocked": True}] * 2
     assert both(fleet, "mailfw.unblock", address) == [{"unblocked": address, "was_blocked": False}] * 2
-    assert not any(address in listed for listed in both(fleet, "mailfw.list_blocked"))
+    assert [found["of"] for found in both(fleet, "mailfw.list", "blocked", network=address)] == [0, 0]
 
 
 @contextlib.contextmanager
@@ -219,6 +224,58 @@ def test_explain_is_for_some_services_or_all(fleet: Fleet, mx1: MailHost) -> Non
         **dict.fromkeys(("submission", "submissions"), "refused"),
         "smtp": "accepted",
     }
+
+
+def test_list_is_by_kind_service_role_network_and_user(fleet: Fleet, mx1: MailHost) -> None:
+    home, office, other = (fleet.new_address() for _ in range(3))
+    user = f"user-{home}@example.org"
+    mx1.agent.login(home, user)
+    mx1.agent.login(office)
+    fleet.call(mx1, "mailfw.ban", home, role="postfix", reason="ticket 17")
+    fleet.call(mx1, "mailfw.trust", other, services="imaps", period="30d")
+    within = [home, office, other]
+
+    def found(**asked: Any) -> list[tuple[str, str]]:
+        rows = listed(fleet, mx1, network=asked.pop("network", within), **asked)
+        return [(row["kind"], row["address"]) for row in rows]
+
+    everything = {("trusted", home), ("trusted", office), ("trusted", other), ("banned", home)}
+    assert set(found()) == everything
+    assert set(found(kind="trusted")) == everything - {("banned", home)}
+    assert set(found(service="imaps")) == everything - {("banned", home)}
+    assert set(found(service="587")) == everything - {("trusted", other)}
+    assert set(found(role="postfix", kind=["banned", "trusted"])) == everything - {("trusted", other)}
+    assert found(role="postfix", service="imaps") == []
+    assert set(found(user=user.upper())) == {("trusted", home), ("banned", home)}
+    assert found(user="nobody-of-that-name") == []
+    assert found(network=office) == [("trusted", office)]
+    assert found(sort="remaining", limit=1) == [("trusted", other)]
+    assert set(found(sort="ending", limit=1)) == {("banned", home)}
+    (row,) = listed(fleet, mx1, "banned", network=home)
+    assert row["by"].endswith(": ticket 17")
+    assert fleet.call(mx1, "mailfw.list", network=within, limit=2)["of"] == 4
+    for address in within:
+        fleet.call(mx1, "mailfw.clear", address)
+
+
+def test_list_by_user_where_no_user_is_kept_says_so(fleet: Fleet, mx1: MailHost) -> None:
+    with fleet.pillar(mx1, trusted={"users": "off"}):
+        fleet.apply(mx1)
+        said = fleet.call(mx1, "mailfw.list", user="alice")
+    assert "user: mailfw:trusted:users is off on this host" in said
+
+
+def test_longest_list_gets_through_the_master(fleet: Fleet, mx1: MailHost) -> None:
+    """What is too long, Salt replaces without a word."""
+    many = [f"2001:db8:{n // 9999 + 0xAAAA:x}:{n + 0x1000:x}::" for n in range(listing.MOST + 1)]
+    note = "x" * 127
+    mx1.host.nft("add", "element", "inet", "mailfw", "blocked_ipv6", f"{{ {many[0]} }}")
+    rules = "".join(f'add element inet mailfw blocked_ipv6 {{ {one} comment "{note}" }}\n' for one in many[1:])
+    mx1.host.run("nft", "-f", "-", input=rules)
+    said = fleet.call(mx1, "mailfw.list", "blocked", network="2001:db8:8000::/33", limit=listing.MOST)
+    mx1.host.nft("flush", "set", "inet", "mailfw", "blocked_ipv6")
+    assert (len(said["rows"]), said["of"]) == (listing.MOST, listing.MOST + 1)
+    assert {row["by"] for row in said["rows"]} >= {note}
 
 
 def test_networks_are_taken_source_by_source(fleet: Fleet, mx1: MailHost) -> None:
@@ -389,7 +446,20 @@ def test_agent_status_says_how_the_agent_is(fleet: Fleet) -> None:
         (["block", "fe80::1%eth0"], "address 'fe80::1%eth0': expected an IPv4 or IPv6 address"),
         (["unblock", ""], "address '': expected an IPv4 or IPv6 address"),
         (["check", "mail.example.com"], "address 'mail.example.com': expected an IPv4 or IPv6 address"),
-        (["list_banned", "exim"], "role 'exim': expected one of postfix, dovecot"),
+        (["list", "friends"], "kind 'friends': expected one of trusted, banned, blocked, observed"),
+        (["list", "trusted,"], "kind '': expected one of trusted, banned, blocked, observed"),
+        (["list", ["trusted", {"a": 1}]], "kind {'a': 1}: expected one of trusted"),
+        (["list", "observed"], "kind 'observed': this host enforces its rules"),
+        (["list", None, "gopher"], "service 'gopher': expected one of this host's: submission (587)"),
+        (["list", None, None, "exim"], "role 'exim': expected one of postfix, dovecot"),
+        (["list", None, None, None, "192.0.2.1/24"], "network '192.0.2.1/24': has host bits set: write 192.0.2.0/24"),
+        (["list", None, None, None, ["192.0.2.1", 7]], "network 7: expected a network such as"),
+        (["list", None, None, None, None, "a*"], "user 'a*': expected a user's name as Dovecot logs it"),
+        (["list", None, None, None, None, None, "size"], "sort 'size': expected one of remaining, ending, address"),
+        (["list", None, None, None, None, None, "address", 0], "limit 0: expected a whole number from 1 to 3000"),
+        (["list", None, None, None, None, None, "address", 3001], "limit 3001: expected a whole number from 1 to 3000"),
+        (["list", None, None, None, None, None, "address", "all"], "limit 'all': expected a whole number"),
+        (["list", None, None, None, None, None, "address", True], "limit True: expected a whole number"),
         (["login", "nonsense"], "address 'nonsense': expected an IPv4 or IPv6 address"),
         (["receive", "text"], "signed: expected a list of signed messages"),
         (["receive", [1]], "signed: expected a list of signed messages"),

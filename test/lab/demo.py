@@ -70,6 +70,11 @@ def reachable(name: str, host: str) -> dict[int, list[str]]:
     return seen
 
 
+def listed(*what: str) -> list[str]:
+    """Return the addresses that mx1 lists."""
+    return sorted({row["address"] for row in salt("mx1", "mailfw.list", *what)["mx1"]["rows"]})
+
+
 def install() -> None:
     title("1. The master learns of the fleet, and a highstate from it guards two mail hosts")
     configure_master()
@@ -141,7 +146,7 @@ def brute_force() -> None:
     address = ADDRESSES["mx1"][0]
     guesses = client("bot", "guess", address=address, tries=40, source="198.18.0.67")
     observe("bot: 40 guesses at once, a burst of 20", guesses, {"served": 20, "refused": 20})
-    observe("mx1: banned", list(salt("mx1", "mailfw.list_banned")["mx1"]["dovecot"]), ["198.18.0.67"])
+    observe("mx1: banned", listed("banned", "role=dovecot"), ["198.18.0.67"])
     show(json.dumps(salt("mx1", "mailfw.check", "198.18.0.67")["mx1"]["services"], indent=1))
     observe(
         "bot: imap from the banned address",
@@ -160,14 +165,14 @@ def brute_force() -> None:
 
 def switch_mode() -> None:
     title("5. A pillar edit and a highstate switch mx1 to private: trust and open sessions stay")
-    before = salt("mx1", "mailfw.list_trusted")["mx1"]
+    before = listed("trusted")
     set_pillar("prod", protection={"type": "private"}, trusted=HOME)
     session = Session("cafe", ADDRESSES["mx1"][1])
     results = states("mx1")
     show(next(one["changes"]["diff"] for one in results.values() if one["__id__"] == "mailfw ruleset is loaded"))
     observe("cafe: an IMAP session that was open over the switch answers", session.answers(), True)
-    after = salt("mx1", "mailfw.list_trusted")["mx1"]
-    observe("mx1: trusted addresses before and after", sorted(after), sorted(before))
+    after = listed("trusted")
+    observe("mx1: trusted addresses before and after", after, before)
     observe(
         "bot: imap on mx1",
         client("bot", "probe", targets=[[ADDRESSES["mx1"][0], 143]], source="198.18.0.69")[0] != "open",

@@ -3,7 +3,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mailfwlib import elements, parse, settings
-from mailfwlib.netlink import SetElement
 
 IPV4 = parse.address("192.0.2.1")
 IPV6 = parse.address("2001:db8::abcd:1")
@@ -210,23 +209,6 @@ def test_in_networks_is_of_one_family():
     assert not elements.in_networks(IPV4, ["::/0", "198.51.100.0/24"])
     assert not elements.in_networks(IPV6, ["0.0.0.0/0"])
     assert not elements.in_networks(IPV6, [])
-
-
-def test_answers_to_operators():
-    assert elements.left(SetElement("192.0.2.1", None, 84767.9)) == "23h32m47s"
-    assert elements.left(SetElement("192.0.2.1", None, None)) == "forever"
-    listed = [SetElement("192.0.2.1", 90, 60), SetElement("192.0.2.2", None, None)]
-    assert elements.by_address(listed) == {"192.0.2.1": "1m", "192.0.2.2": "forever"}
-    listed = [
-        SetElement("192.0.2.1 . 587", None, 60),
-        SetElement("2001:db8:: . 143", None, None),
-        SetElement("192.0.2.1 . 143", None, 61),
-    ]
-    assert elements.by_address_and_port(listed) == {
-        "192.0.2.1": {143: "1m1s", 587: "1m"},
-        "2001:db8::": {143: "forever"},
-    }
-    assert list(elements.by_address_and_port(listed)["192.0.2.1"]) == [143, 587]
 
 
 def test_network_stands_in_the_sets_source_by_source():
