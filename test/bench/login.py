@@ -1,133 +1,369 @@
 #!/usr/bin/env python3
-"""Measure what a login waits for: the agent's acknowledgement, and Dovecot's login hook, by the number of elements.
+"""Measure what a login costs who logs in, and how soon every mail host of the fleet trusts where that was.
 
 Run it as root: ``test/bench/login.py`` with the Python of the tests; ``--help`` says what can be chosen.
 
-In a throw-away network namespace, with the product's rules, agent and hook:
+A Salt master and two mail hosts run in namespaces of this machine, with the product as its states install it. Each part
+of what is measured is one of ``--part``:
 
-acknowledgement  from the connection to the agent's socket to its reply: of a new address, and of one that is known
-hook             Dovecot's login hook, from its start to the end of the session that it starts, which ends at once
-exec only        a hook that only starts the session
-salt-call        a hook that runs ``salt-call --local event.send`` first: without a master, which takes longer still
+acknowledgement
+    What the hook waits for: from the connection to the agent's socket to its reply. Of addresses that are new, which
+    the fleet is told of, and of known ones; one after the other, and several at once ("at once") without a pause.
+client
+    A whole login over IMAP, from the client's connection to its tagged OK, at Dovecots that differ in what they run
+    after a login: no script, one that only starts the session, mailfw's hook, one that runs ``salt-call event.send``.
+fleet
+    From the moment a login is reported to the first host's agent to the element in the second host's kernel, which
+    tells of it. Reported as the hook does it, at random moments, ``--rates`` a second.
 
-What a hook takes is what the login of a client takes longer: Dovecot says OK after it. All hooks take turns, in each
-round anew and in a random order, so that a machine that is busy is as busy for each.
+All take turns: in each round each number of trusted elements, and with each of those every kind of login, in a random
+order. "More" and ratios are of the medians of one round and number of elements; shown is the median of all rounds, and
+in brackets the lowest and the highest.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
+import json
 import os
 import random
+import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY / "test"), str(REPOSITORY / "_utils")]
 
+from saltfactories.plugins.event_listener import EventListener  # noqa: E402
+
+from bench.arrivals import Arrivals  # noqa: E402
 from bench.cost import hosts, trust  # noqa: E402
+from bench.logins import EXEC_ONLY, MAILFW, NOTHING, SALT_CALL, Dovecots, at_once, user_of  # noqa: E402
+from bench.scale import machine  # noqa: E402
 from bench.wires import OTHER_NETWORK  # noqa: E402
-from mailfwlib import client  # noqa: E402
-from support.agent import KEY, Agent  # noqa: E402
-from support.firewall import Firewall  # noqa: E402
-from support.net import Host, Net  # noqa: E402
+from integration.fleet import NETWORK, Fleet, factories, masters_host, running_mail_hosts, running_master  # noqa: E402
+from integration.hosts import ip, wait_for  # noqa: E402
 
-PILLAR: dict[str, Any] = {"fleet": {"keys": [KEY]}, "sizes": {"trusted": 262144}}
-HOOK = str(REPOSITORY / "mailfw/dovecot/files/login-hook.sh")
-SALT_CALL = str(Path(sys.executable).with_name("salt-call"))
-SESSION = "/bin/true"
-KNOWN = "198.51.100.10"
-#: salt-call is so slow that a few times will do.
-SALT_CALLS_A_ROUND = 2
-
-
-def quantiles(seconds: list[float]) -> str:
-    """Return median and 99th percentile in milliseconds."""
-    ordered = sorted(seconds)
-    return f"{statistics.median(ordered) * 1000:8.2f} {ordered[int(len(ordered) * 0.99)] * 1000:8.2f}"
-
-
-def acknowledgements(addresses: list[str]) -> list[float]:
-    """Report logins one after the other; return how long each waited."""
-    waits = []
-    for address in addresses:
-        began = time.perf_counter()
-        client.ask("login", address, "alice@example.org")
-        waits.append(time.perf_counter() - began)
-    return waits
+#: Nobody is banned at this rate, whether or not a login makes him trusted.
+PILLAR = {"autoban": {"rate": "100000/second", "burst": 10000}}
+NEW, KNOWN, AT_ONCE, NEW_MAILFW = "new address", "known address", "known, at once", "mailfw, new address"
+RATE, PROCESSOR, MESSAGES = "acknowledgements a second", "agent's processor time, µs each", "messages, "
+#: salt-call is so slow that a few logins will do, and so is telling the fleet.
+SALT_CALLS, NEW_ADDRESSES = 2, 6
+#: Seconds until what a start of the agent sets off has ended, and what a message to the fleet does after its echo.
+SETTLED, ECHOED = 5.0, 0.3
+#: What the master tells of a login on its way: event's tag and function -> what it means.
+STAGES = {
+    ("mailfw/login", None): "the master has the event",
+    ("salt/run/*/new", "runner.mailfw.announce"): "the runner starts",
+    ("salt/job/*/new", "mailfw.receive"): "the job is published",
+}
 
 
-def hook(*command: str) -> float:
-    """Run a hook as Dovecot does; return how long it took."""
-    environment = {"IP": KNOWN, "USER": "alice@example.org", "PATH": "/usr/bin:/bin"}
-    began = time.perf_counter()
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - began
+class Figure(NamedTuple):
+    """What logins of one kind took in one round: seconds of each, or what else a kind's name says."""
+
+    part: str
+    kind: str
+    elements: int
+    values: list[float]
 
 
-def measure(host: Host, count: int, asked: argparse.Namespace, directory: Path) -> None:
-    """Print a line for each measure."""
-    salt = f"{SALT_CALL} --local --config-dir {directory} --log-level quiet event.send mailfw/login >/dev/null"
-    hooks = {
-        "exec only": ("/bin/sh", "-c", 'exec "$@"', "sh", SESSION),
-        "hook": ("/bin/sh", HOOK, SESSION),
-        "salt-call": ("/bin/sh", "-c", f'{salt}; exec "$@"', "sh", SESSION),
+class Subject:
+    """The fleet, and what is done to its first host."""
+
+    def __init__(self, fleet: Fleet, directory: Path):
+        self.fleet = fleet
+        self.mx1, self.mx2 = fleet.hosts["mx1"], fleet.hosts["mx2"]
+        self._strangers = itertools.cycle(hosts(OTHER_NETWORK, 100_000))
+        self.known = [self.stranger() for _ in range(256)]
+        ip("route", "add", "local", OTHER_NETWORK, "dev", "lo")
+        self.mx1.host.run("ip", "route", "add", OTHER_NETWORK, "via", f"{NETWORK}.1")
+        fleet.write_pillar("mx1", **PILLAR)
+        assert not fleet.apply(self.mx1).failed
+        salt_call = fleet.salt_call_command(self.mx1.minion.config_dir)
+        self.dovecots = Dovecots(self.mx1, directory, salt_call)
+        self.dovecots.wait(self.known[0])
+
+    def stranger(self) -> str:
+        """Return the address of a client that nobody knows yet."""
+        return next(self._strangers)
+
+    def trust(self, count: int) -> None:
+        """Have so many elements in the first host's trusted sets, and a fleet that knows of no login."""
+        self.mx1.agent.stop()
+        self.fleet.forget_logins()
+        sets = "".join(f"flush set inet mailfw trusted_{family}\n" for family in ("ipv4", "ipv6"))
+        self.mx1.host.run("nft", "-f", "-", input=sets + (trust(count) if count else ""))
+        self.mx1.agent.start()
+        wait_for("the agent's first snapshot and echo", self._has_settled)
+        time.sleep(SETTLED)
+        self.report(self.known)
+        self.wait_for_echo()
+
+    def _has_settled(self) -> bool:
+        status = self.mx1.agent.status()
+        return bool(status["last_snapshot"] and status["last_echo"])
+
+    def wait_for_echo(self) -> None:
+        """Wait until the fleet has heard of all logins."""
+        wait_for("the echo", lambda: self.mx1.agent.status()["outbox"] == 0, 120)
+        time.sleep(ECHOED)
+
+    def log_in(self, kind: str) -> float:
+        """Log in over IMAP; return the seconds that it took."""
+        if kind != NEW_MAILFW:
+            return self.dovecots.log_in(kind, random.choice(self.known))
+        took = self.dovecots.log_in(MAILFW, self.stranger())
+        self.wait_for_echo()
+        return took
+
+    def report(self, addresses: list[str]) -> list[float]:
+        """Report logins to the agent one after the other; return the seconds that each waited."""
+        waits = []
+        for address in addresses:
+            began = time.perf_counter()
+            self.mx1.agent.login(address, user_of(address))
+            waits.append(time.perf_counter() - began)
+        return waits
+
+    def processor(self) -> float:
+        """Return the seconds that the agent has run so far."""
+        pid = self.mx1.agent.status()["pid"]
+        tasks = self.mx1.host.path(f"/proc/{pid}/task").glob("*/schedstat")
+        return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+
+
+def acknowledgements(subject: Subject, asked: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
+    """Yield what logins wait for that are reported to the agent: kind of login, seconds of each."""
+    yield KNOWN, subject.report([random.choice(subject.known) for _ in range(asked.reports)])
+    yield NEW, subject.report([subject.stranger() for _ in range(asked.reports)])
+    subject.wait_for_echo()
+    before = subject.processor()
+    waits = at_once(subject.mx1, subject.known, asked.connections, asked.at_once)
+    yield AT_ONCE, waits
+    yield RATE, [len(waits) / asked.at_once]
+    yield PROCESSOR, [(subject.processor() - before) / len(waits)]
+
+
+def client_logins(subject: Subject, asked: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
+    """Yield what logins of real clients take: kind of login, seconds of each."""
+    times = dict.fromkeys((NOTHING, EXEC_ONLY, MAILFW), asked.logins)
+    turns = [
+        kind
+        for kind, count in {**times, NEW_MAILFW: NEW_ADDRESSES, SALT_CALL: SALT_CALLS}.items()
+        for _ in range(count)
+    ]
+    before, found = subject.mx1.agent.status()["logins"], defaultdict(list)
+    for kind in random.sample(turns, len(turns)):
+        found[kind].append(subject.log_in(kind))
+    noted = subject.mx1.agent.status()["logins"] - before
+    assert noted == asked.logins + NEW_ADDRESSES, f"the agent has heard of {noted} logins"
+    yield from found.items()
+
+
+def spread(subject: Subject, rate: float, asked: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
+    """Yield what it takes until the second host trusts addresses that log in at the first, and how many messages."""
+    subject.wait_for_echo()
+    messages, arrivals = subject.mx1.agent.status()["received"], Arrivals(subject.mx2.host)
+    moment, began = time.time(), time.monotonic()
+    reported: dict[str, float] = {}
+    try:
+        for number in range(round(rate * asked.seconds)):
+            time.sleep(max(0.0, began + (number + random.random()) / rate - time.monotonic()))
+            address = subject.stranger()
+            reported[address] = time.monotonic()
+            subject.report([address])
+        wait_for("the last arrival", lambda: reported.keys() <= arrivals.at.keys(), 60)
+    finally:
+        arrivals.close()
+    subject.wait_for_echo()
+    yield f"{rate:g} a second", [arrivals.at[address] - at for address, at in reported.items()]
+    yield f"{MESSAGES}{rate:g} a second", [subject.mx1.agent.status()["received"] - messages]
+    if rate == min(asked.rates):
+        yield from stages(subject.fleet, {address: moment + at - began for address, at in reported.items()}, moment)
+
+
+def stages(fleet: Fleet, logins: dict[str, float], moment: float) -> Iterator[tuple[str, list[float]]]:
+    """Yield when the master came to each stage of logins' messages: address -> Unix time of the login."""
+    patterns = {("master", pattern) for pattern, _ in STAGES}
+    events = sorted(fleet.events.get_events(patterns, after_time=moment), key=lambda event: event.stamp)
+    for (pattern, function), stage in STAGES.items():
+        texts = [
+            (event.stamp.timestamp(), json.dumps(event.data))
+            for event in events
+            if fnmatch(event.tag, pattern) and event.data.get("fun") == function
+        ]
+        yield stage, [next(when for when, text in texts if f'"{who}\\"' in text) - at for who, at in logins.items()]
+
+
+def measured(subject: Subject, asked: argparse.Namespace) -> Iterator[Figure]:
+    """Yield all figures."""
+    on_one_host = {"acknowledgement": acknowledgements, "client": client_logins}
+    parts = {part: measure for part, measure in on_one_host.items() if part in asked.part}
+    for done in range(asked.rounds):
+        for count in random.sample(asked.elements, len(asked.elements)) if parts else ():
+            say(f"round {done + 1} of {asked.rounds}: {count:,} elements")
+            subject.trust(count)
+            for part, measure in parts.items():
+                yield from (Figure(part, kind, count, seconds) for kind, seconds in measure(subject, asked))
+        if "fleet" not in asked.part:
+            continue
+        subject.trust(0)
+        for rate in random.sample(asked.rates, len(asked.rates)):
+            say(f"round {done + 1} of {asked.rounds}: {rate:g} logins a second")
+            yield from (Figure("fleet", kind, 0, seconds) for kind, seconds in spread(subject, rate, asked))
+    say("done\n")
+
+
+def say(what: str) -> None:
+    """Tell whoever waits how far it is."""
+    print(f"\r{what:60}", end="", file=sys.stderr, flush=True)
+
+
+#: Kind of login -> number of elements -> the values of each round.
+Found = dict[str, dict[int, list[list[float]]]]
+
+
+def gathered(figures: list[Figure], part: str) -> Found:
+    """Return a part's figures, in a table's order."""
+    found: Found = defaultdict(lambda: defaultdict(list))
+    for figure in figures:
+        if figure.part == part:
+            found[figure.kind][figure.elements].append(figure.values)
+    return found
+
+
+def milliseconds(rounds: list[list[float]]) -> str:
+    """Return median and 99th percentile of all rounds together."""
+    ordered = sorted(itertools.chain(*rounds))
+    return f"{statistics.median(ordered) * 1000:.2f} {ordered[int(len(ordered) * 0.99)] * 1000:9.2f}"
+
+
+def spread_of(values: list[float], digits: int) -> str:
+    """Return the median, the lowest and the highest."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def table(title: str, columns: list[str], rows: dict[str, list[str]]) -> str:
+    """Return a table as text."""
+    lines = [f"\n{title:32}" + "".join(f"{column:>22}" for column in columns)]
+    return "\n".join(lines + [f"{name:32}" + "".join(f"{cell:>22}" for cell in cells) for name, cells in rows.items()])
+
+
+def compared(found: Found, kind: str, other: str, counts: list[int]) -> Iterator[tuple[list[float], list[float]]]:
+    """Yield for each number of elements the medians of two kinds of login, a pair for each round."""
+    for count in counts:
+        yield tuple([statistics.median(values) for values in found[one][count]] for one in (kind, other))
+
+
+def report_acknowledgements(figures: list[Figure], asked: argparse.Namespace) -> None:
+    """Print the agent's tables."""
+    found, counts = gathered(figures, "acknowledgement"), sorted(asked.elements)
+    columns = [f"{count:,}" for count in counts]
+    waits = {kind: [milliseconds(found[kind][count]) for count in counts] for kind in (KNOWN, NEW, AT_ONCE)}
+    print(table("acknowledgement, ms: p50, p99", columns, waits))
+    rows = {
+        kind: [spread_of([factor * value for (value,) in found[kind][count]], 0) for count in counts]
+        for kind, factor in ((RATE, 1), (PROCESSOR, 1e6))
     }
-    strangers = iter(hosts(OTHER_NETWORK, asked.rounds * asked.logins))
-    found: dict[str, list[float]] = defaultdict(list)
-    began, acknowledged = 0.0, 0
-    for _ in range(asked.rounds):
-        news = [next(strangers) for _ in range(asked.logins)]
-        for name, addresses in (("ack, new", news), ("ack, known", [KNOWN] * asked.logins)):
-            waits = host.call(acknowledgements, addresses)
-            found[name] += waits
-            began, acknowledged = began + sum(waits), acknowledged + len(waits)
-        turns = [name for name in hooks for _ in range(SALT_CALLS_A_ROUND if name == "salt-call" else asked.hooks)]
-        for name in random.sample(turns, len(turns)):
-            found[name].append(host.call(hook, *hooks[name]))
-    for name, seconds in found.items():
-        added = (statistics.median(seconds) - statistics.median(found["exec only"])) * 1000
-        note = f" {added:8.2f} added" if name in hooks and name != "exec only" else ""
-        print(f"{count:>9,} {name:12} {quantiles(seconds)}{note}")
-    print(f"{count:>9,} {acknowledged / began:,.0f} acknowledgements a second, one after the other")
+    print(table(f"{asked.connections} connections at once", columns, rows))
+
+
+def report_clients(figures: list[Figure], asked: argparse.Namespace) -> None:
+    """Print the tables of logins over IMAP."""
+    found, counts = gathered(figures, "client"), sorted(asked.elements)
+    columns, kinds = [f"{count:,}" for count in counts], (NOTHING, EXEC_ONLY, MAILFW, NEW_MAILFW, SALT_CALL)
+    waits = {kind: [milliseconds(found[kind][count]) for count in counts] for kind in kinds}
+    print(table("login over IMAP, ms: p50, p99", columns, waits))
+    more, ratios = {}, {}
+    for kind in kinds:
+        pairs = list(compared(found, kind, EXEC_ONLY, counts))
+        more[kind] = [spread_of([1000 * (mine - other) for mine, other in zip(*pair)], 1) for pair in pairs]
+        ratios[kind] = [spread_of([mine / other for mine, other in zip(*pair)], 2) for pair in pairs]
+    print(table("more than exec only, ms", columns, more))
+    print(table("against exec only", columns, ratios))
+
+
+def report_fleet(figures: list[Figure], asked: argparse.Namespace) -> None:
+    """Print the tables of what other hosts hear."""
+    found = {kind: of_count[0] for kind, of_count in gathered(figures, "fleet").items()}
+    rows = {}
+    for rate in sorted(asked.rates):
+        kind = f"{rate:g} a second"
+        rows[kind] = [
+            milliseconds(found[kind]),
+            str(sum(map(len, found[kind]))),
+            f"{sum(map(sum, found[MESSAGES + kind])):g}",
+        ]
+    print(table("trusted on the other host", ["ms: p50, p99", "logins", "messages"], rows))
+    slowest = min(asked.rates)
+    print(
+        table(
+            f"at {slowest:g} a second",
+            ["ms: p50, p99"],
+            {stage: [milliseconds(found[stage])] for stage in STAGES.values()},
+        )
+    )
+
+
+REPORTS = {"acknowledgement": report_acknowledgements, "client": report_clients, "fleet": report_fleet}
+
+
+def options() -> argparse.Namespace:
+    """Return what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", choices=REPORTS, default=list(REPORTS), help="only these")
+    parser.add_argument(
+        "--elements", type=int, nargs="+", default=[0, 10_000, 100_000], help="numbers of trusted elements"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="(5)")
+    parser.add_argument("--reports", type=int, default=300, help="acknowledgements of each kind in a round (300)")
+    parser.add_argument("--connections", type=int, default=8, help="to the agent at once (8)")
+    parser.add_argument("--at-once", type=float, default=2, help="seconds of that in a round (2)")
+    parser.add_argument("--logins", type=int, default=40, help="over IMAP, of each kind in a round (40)")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1, 10, 100], help="logins a second (1 10 100)")
+    parser.add_argument("--seconds", type=float, default=20, help="at each rate in a round (20)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
+    return parser.parse_args()
+
+
+@contextlib.contextmanager
+def subject() -> Iterator[Subject]:
+    """A fleet to measure."""
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mailfw-", dir="/tmp")))
+        directory.chmod(0o755)  # for the users of the mail servers
+        host = stack.enter_context(masters_host())
+        listener = stack.enter_context(EventListener())
+        (directory / "salt").mkdir()
+        fleet = stack.enter_context(running_master(factories(directory / "salt", listener), host))
+        stack.enter_context(running_mail_hosts(fleet))
+        yield Subject(fleet, directory)
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--elements", type=int, nargs="+", default=[0, 10_000, 100_000], help="numbers of elements")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--logins", type=int, default=500, help="acknowledgements of each kind in a round")
-    parser.add_argument("--hooks", type=int, default=40, help="runs of each hook in a round")
-    asked = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="mailfw-", dir="/tmp") as directory:
-        (Path(directory) / "minion").write_text(
-            f"id: bench\nroot_dir: {directory}\nfile_client: local\nenable_fqdns_grains: false\n"
-        )
-        net = Net(Path(directory) / "host")
-        try:
-            print(f"load {os.getloadavg()[0]:.1f}; milliseconds\n elements              median      p99")
-            for count in asked.elements:
-                firewall, of_agent = Firewall(net.host), Path(directory) / str(count)
-                of_agent.mkdir()
-                firewall.load(**PILLAR)
-                if count:
-                    firewall.run(trust(count))
-                agent = Agent(net.host, of_agent, PILLAR)
-                try:
-                    net.host.start(client.ask, "status", timeout=60).result()
-                    measure(net.host, count, asked, Path(directory))
-                finally:
-                    agent.close()
-                    firewall.unload()
-        finally:
-            net.close()
+    asked = options()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    print(json.dumps({"machine": machine()}), flush=True)
+    with subject() as measured_one:
+        figures = list(measured(measured_one, asked))
+    print(f"load average at the end: {os.getloadavg()[0]:.1f}")
+    for part in asked.part:
+        REPORTS[part](figures, asked)
+    if asked.json:
+        asked.json.write_text(json.dumps([figure._asdict() for figure in figures]) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ base_dir = {directory}/run
 state_dir = {directory}/run
 log_path = {directory}/log
 protocols = imap
-listen = {ipv4}, {ipv6}
+listen = {listen}
 ssl = no
 disable_plaintext_auth = no
 mail_location = maildir:{directory}/mail
@@ -39,14 +39,19 @@ service imap-login {{
   inet_listener imaps {{
     port = 0
   }}
+}}
+{services}
+"""
+_FEW = """
+service imap-login {
   service_count = 0
   process_limit = 1
   client_limit = 1000
-}}
-service imap {{
+}
+service imap {
   service_count = 0
   process_limit = 100
-}}
+}
 """
 _POSTFIX = """
 compatibility_level = 3.6
@@ -76,16 +81,23 @@ def _start(namespace: str, core: int, *command: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([*inside.split(), *command], stdin=subprocess.DEVNULL, start_new_session=True)
 
 
-def dovecot(namespace: str, addresses: dict[int, str], directory: Path, core: int) -> subprocess.Popen[bytes]:
-    """Start a Dovecot, which reads mail for one user."""
+def configured_dovecot(directory: Path, addresses: list[str], port: int, services: str) -> list[str]:
+    """Make a directory for a Dovecot that everybody can log in at; return the command that starts it.
+
+    ``services``: what its configuration says of services besides.
+    """
     directory.mkdir()
     (directory / "mail").mkdir()
     shutil.chown(directory / "mail", "mail", "mail")
     config = directory / "dovecot.conf"
-    config.write_text(
-        _DOVECOT.format(directory=directory, ipv4=addresses[4], ipv6=addresses[6], port=IMAP_PORT, password=PASSWORD)
-    )
-    return _start(namespace, core, "dovecot", "-F", "-c", str(config))
+    values = {"listen": ", ".join(addresses), "port": port, "password": PASSWORD, "services": services}
+    config.write_text(_DOVECOT.format(directory=directory, **values))
+    return ["dovecot", "-F", "-c", str(config)]
+
+
+def dovecot(namespace: str, addresses: dict[int, str], directory: Path, core: int) -> subprocess.Popen[bytes]:
+    """Start a Dovecot, which reads mail for one user."""
+    return _start(namespace, core, *configured_dovecot(directory, [*addresses.values()], IMAP_PORT, _FEW))
 
 
 def postfix(namespace: str, addresses: dict[int, str], directory: Path, core: int) -> subprocess.Popen[bytes]:

@@ -11,6 +11,7 @@ import signal
 import socket
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +22,9 @@ import salt.client
 from saltfactories.daemons.master import SaltMaster
 from saltfactories.daemons.minion import SaltMinion
 from saltfactories.manager import FactoriesManager
+from saltfactories.plugins.event_listener import EventListener
 
-from integration.hosts import Host, ip, wait_for
+from integration.hosts import Host, ip, network_of, wait_for
 from mailfwlib import client, messages
 
 REPOSITORY = Path(__file__).parents[2]
@@ -227,11 +229,15 @@ class Fleet:
         return self._salt_call(target.host, target.minion.config_dir, *arguments)
 
     def _salt_call(self, host: Host, configuration: str, *arguments: str) -> Any:
-        script = str(self._factories.get_salt_script_path("salt-call"))
-        options = ["--config-dir", str(configuration), "--out=json", "--log-level=error"]
-        done = host.run(self._factories.python_executable, script, *options, *arguments, check=False)
+        command = self.salt_call_command(configuration)
+        done = host.run(*command, "--out=json", "--log-level=error", *arguments, check=False)
         assert done.stdout, done.stderr
         return json.loads(done.stdout)["local"]
+
+    def salt_call_command(self, configuration: str) -> list[str]:
+        """Return how salt-call is called with the configuration in a directory."""
+        script = self._factories.get_salt_script_path("salt-call")
+        return [self._factories.python_executable, str(script), "--config-dir", str(configuration)]
 
     def salt_run(self, *arguments: str) -> tuple[int, Any]:
         """Run a runner's function as an operator does on the master; return the exit status and what it returned."""
@@ -303,9 +309,16 @@ class Fleet:
 
     def forget_hosts(self, which: str) -> None:
         """Have the master forget mail hosts: tests of other files have signed for some that there are not."""
+        self._delete(f"hosts WHERE {which}")
+
+    def forget_logins(self) -> None:
+        """Have the master forget who has logged in."""
+        self._delete("trusts")
+
+    def _delete(self, what: str) -> None:
         path = Path(self.master.config["cachedir"]) / "mailfw.sqlite"
         with contextlib.closing(sqlite3.connect(path, timeout=10)) as database, database:
-            database.execute(f"DELETE FROM hosts WHERE {which}")
+            database.execute(f"DELETE FROM {what}")
 
     @contextlib.contextmanager
     def pillar(self, target: MailHost, **mailfw: Any) -> Iterator[None]:
@@ -355,6 +368,56 @@ class Fleet:
         """Return a message that announces logins, signed under the fleet's key or another."""
         at = time.time() if now is None else now
         return messages.sign(sender, messages.new_nonce(), dict.fromkeys(addresses, at), key or self.key, at)
+
+
+@contextlib.contextmanager
+def masters_host() -> Iterator[Host]:
+    """The master's host; this thread is in its network meanwhile."""
+    host = Host("master")
+    try:
+        with network_of(host):
+            ip("link", "add", "lan", "type", "bridge")
+            ip("address", "add", f"{NETWORK}.1/24", "dev", "lan")
+            ip("link", "set", "lan", "up")
+            yield host
+    finally:
+        host.remove()
+
+
+def factories(directory: Path, listener: EventListener) -> FactoriesManager:
+    """Return what starts Salt's daemons; the directory's path has to be short enough for sockets."""
+    return FactoriesManager(
+        root_dir=directory,
+        event_listener=listener,
+        log_server_host="127.0.0.1",
+        log_server_port=0,
+        log_server_level="error",
+        python_executable=sys.executable,
+        slow_stop=False,
+    )
+
+
+@contextlib.contextmanager
+def running_master(made: FactoriesManager, host: Host) -> Iterator[Fleet]:
+    """A running master that mailfw.reactor has configured, and no mail host."""
+    fleet = Fleet(made, host)
+    applied = fleet.configure_master()
+    assert not applied.failed
+    with fleet.master.started():
+        yield fleet
+
+
+@contextlib.contextmanager
+def running_mail_hosts(fleet: Fleet) -> Iterator[None]:
+    """Two mail hosts, mx1 and mx2, with mailfw applied and agents that run."""
+    with fleet.mail_host("mx1") as mx1, fleet.mail_host("mx2") as mx2:
+        for sls in ("host", "caught_up"):
+            for returned in fleet.call_all([mx1, mx2], "state.apply", sls).values():
+                assert not Applied(returned).failed
+            if sls == "host":
+                mx1.agent.start()
+                mx2.agent.start()
+        yield
 
 
 def _minion_overrides() -> dict[str, Any]:
