@@ -8,15 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from salt._logging import shutdown_temp_handler
 from saltfactories.manager import FactoriesManager
 from saltfactories.plugins.event_listener import EventListener
 
 from integration.fleet import Fleet, MailHost, factories, masters_host, running_mail_hosts, running_master
 from integration.hosts import Host
-
-# Salt keeps early log records for a stream that pytest has closed by the time Salt writes them.
-shutdown_temp_handler()
 
 
 @pytest.fixture(scope="package")

@@ -19,6 +19,7 @@ from typing import Any
 
 import attr
 import salt.client
+from salt._logging import shutdown_temp_handler
 from saltfactories.daemons.master import SaltMaster
 from saltfactories.daemons.minion import SaltMinion
 from saltfactories.manager import FactoriesManager
@@ -26,6 +27,9 @@ from saltfactories.plugins.event_listener import EventListener
 
 from integration.hosts import Host, ip, network_of, wait_for
 from mailfwlib import client, messages
+
+# Salt keeps early log records for a stream that pytest has closed by the time Salt writes them.
+shutdown_temp_handler()
 
 REPOSITORY = Path(__file__).parents[2]
 STATES = Path(__file__).parent / "states"
