@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable
 
@@ -102,7 +103,7 @@ def test_a_replay_trusts_nobody_again(
     address, moment = fleet.new_address(), time.time()
     mx1.agent.login(address)
     wait_until_trusted(address, mx2)
-    (overheard,) = wait_for("the announcement", lambda: fleet.announcements_since(moment))
+    overheard, *_ = wait_for("the announcement", lambda: fleet.announcements_since(moment))
     fleet.call_all([mx1, mx2], "mailfw.untrust", address)
     received = mx2.agent.status()["received"]
     nothing_comes_of(lambda: intruder.fire({"message": overheard}))
@@ -128,6 +129,31 @@ def test_a_flood_of_junk_does_not_keep_logins_away(
     moment = time.time()
     nothing_comes_of(flood)
     assert sum(job["fun"] == "runner.mailfw.announce" for job in fleet.ran_since(moment)) < 10
+
+
+def test_a_flood_of_replays_starts_nothing_and_keeps_no_login_away(
+    fleet: Fleet, mx1: MailHost, mx2: MailHost, intruder: Intruder
+) -> None:
+    """The intruder fires what it has heard, five hundred times; hosts go on telling each other of logins meanwhile."""
+    addresses = [fleet.new_address() for _ in range(5)]
+    overheard = [fleet.sign(address, sender="mx3") for address in addresses]
+    for message in overheard:
+        intruder.fire({"message": message})
+    wait_for("all to be trusted", lambda: mx1.trusts(*addresses) and mx2.trusts(*addresses))
+    moment, waited = time.time(), []
+    with ThreadPoolExecutor(1) as pool:
+        flood = pool.submit(lambda: [intruder.fire({"message": message}) for message in overheard * 100])
+        while not flood.done() or len(waited) < 5:
+            address, logged_in = fleet.new_address(), time.monotonic()
+            mx1.agent.login(address)
+            wait_until_trusted(address, mx2)
+            waited.append(time.monotonic() - logged_in)
+    calls = sum(job["fun"] == "runner.mailfw.announce" for job in fleet.ran_since(moment))
+    told = fleet.announcements_since(moment)
+    print(f"{calls} calls of the runner; {len(waited)} logins were trusted after {sorted(waited)} s")
+    assert sum(message in overheard for message in told) == 500
+    assert calls == len(set(told) - set(overheard))
+    assert sorted(waited)[len(waited) // 2] < 5
 
 
 def test_many_believable_messages_become_few_jobs(

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
+import logging
 import re
 import string
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import pytest
 import salt.config
 import salt.loader
 import salt.state
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from integration import hostile
@@ -41,11 +45,13 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> salt.state.Compiler:
     return salt.state.Compiler(opts, salt.loader.render(opts, salt.loader.minion_mods(opts)))
 
 
-def reactions(compiler: salt.state.Compiler, event: Any) -> list[tuple[str, Any]]:
-    """Return what the reactor would do for an event: function and arguments of each reaction."""
-    high = compiler.render_template(str(REACTION), tag="mailfw/login", data=event)
+def reactions(compiler: salt.state.Compiler, *events: Any) -> list[tuple[str, Any]]:
+    """Return what a new master's reactor would do for some events in turn: function and arguments of each reaction."""
+    sys.modules.pop("mailfw_reactor", None)
+    rendered = [compiler.render_template(str(REACTION), tag="mailfw/login", data=event) for event in events]
     return [
         (f"{module}.{calls[-1]}", calls[:-1])
+        for high in rendered
         for body in high.values()
         for module, calls in body.items()
         if not module.startswith("__")
@@ -57,14 +63,26 @@ def signature(text: str, key: str) -> str:
 
 
 def expected(event: Any) -> list[tuple[str, Any]]:
-    """Return what the reactor should do for an event: hand on a signed line of printable ASCII as it is, or nothing."""
+    """Return what the reactor should do for a first event: hand on what is signed and fresh as it is, or nothing."""
     data = event.get("data")
     message = data.get("message") if isinstance(data, dict) else None
     if not isinstance(message, str) or not re.fullmatch(r"[ -~]{0,65536}", message):
         return []
     if message[:64] not in [signature(message[65:], key) for key in KEYS]:
         return []
+    if abs(json.loads(message[65:])["sent"] - time.time()) > 120:
+        return []
     return [(ANNOUNCE, [{"args": [{"message": message}]}])]
+
+
+def believable(nonce: str) -> str:
+    """Return a message that is signed, and was sent now."""
+    return messages.sign("mx1", nonce, {"192.0.2.1": 1.5}, KEYS[0])
+
+
+def signed(text: str, key: str) -> dict[str, Any]:
+    """Return the event of a message that says anything, signed under a key."""
+    return {"id": "mx1", "data": {"message": f"{signature(text, key)} {text}"}}
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -89,26 +107,85 @@ def test_a_master_without_keys_starts_no_runner(compiler: salt.state.Compiler) -
         compiler.opts["mailfw"] = keys
 
 
+def test_a_message_is_handed_on_once(compiler: salt.state.Compiler) -> None:
+    """Salt runs the reactor's file anew for each event: what it remembers is not in the file's own module."""
+    one, other = ({"id": "mx1", "data": {"message": believable(nonce)}} for nonce in ("one", "other"))
+    assert reactions(compiler, one, other, one, {**other, "id": "mx2"}, one) == reactions(compiler, one, other)
+    assert len(reactions(compiler, one, other)) == 2
+
+
+def test_a_message_is_remembered_until_it_is_stale_and_no_longer(compiler: salt.state.Compiler) -> None:
+    assert len(reactions(compiler, {"id": "mx1", "data": {"message": believable("one")}})) == 1
+    remembered = sys.modules["mailfw_reactor"].seen
+    assert len(remembered) == 1
+    (until,) = remembered.values()
+    assert 239 <= until - time.monotonic() <= 240
+    remembered.update(dict.fromkeys(remembered, time.monotonic() - 1))
+    compiler.render_template(str(REACTION), tag="", data={"id": "mx1", "data": {"message": believable("other")}})
+    assert len(remembered) == 1
+
+
+def test_what_is_remembered_is_bounded(compiler: salt.state.Compiler) -> None:
+    first, last = believable("first"), believable("last")
+    assert len(reactions(compiler, {"id": "mx1", "data": {"message": first}})) == 1
+    remembered = sys.modules["mailfw_reactor"].seen
+    remembered.update(dict.fromkeys(map(str, range(99_999)), time.monotonic() + 200))
+    compiler.render_template(str(REACTION), tag="", data={"id": "mx1", "data": {"message": last}})
+    assert len(remembered) == 100_000
+    assert first[:64] not in remembered
+    assert last[:64] in remembered
+
+
+def test_what_is_dropped_is_logged_once_a_minute(
+    compiler: salt.state.Compiler, caplog: pytest.LogCaptureFixture
+) -> None:
+    believed = {"id": "mx1", "data": {"message": believable("one")}}
+    with caplog.at_level(logging.WARNING):
+        assert reactions(compiler, {"id": "mx\n3", "data": {}}, believed, believed, {"data": None}) != []
+    assert [record.getMessage() for record in caplog.records] == [
+        "mailfw: an event mailfw/login, of 'mx\\n3' by its own account, was dropped: malformed"
+    ]
+
+
 @pytest.mark.parametrize("name", hostile.DATA)
 def test_hostile_data_is_dropped_or_handed_on_as_it_is(compiler: salt.state.Compiler, name: str) -> None:
-    signed = '{"sender":"mx1"}'
-    event = {"cmd": "_minion_event", "data": hostile.DATA[name](f"{signature(signed, KEYS[0])} {signed}")}
+    message = messages.sign("mx1", messages.new_nonce(), {"192.0.2.1": 1.5}, KEYS[0])
+    event = {"cmd": "_minion_event", "data": hostile.DATA[name](message)}
     assert reactions(compiler, event) == expected(event)
 
 
 @settings(max_examples=300, deadline=None)
 @given(text=TEXT | st.text(string.printable), key=st.sampled_from([*KEYS, FOREIGN]))
 @example(text="on", key=KEYS[0])
-@example(text="0" * (65536 - 65), key=KEYS[0])
-@example(text="0" * (65537 - 65), key=KEYS[0])
 @example(text="2026-01-01", key=KEYS[0])
 @example(text="{{ 1 }}", key=KEYS[0])
-@example(text="\x7f", key=KEYS[0])
-@example(text="\x85", key=KEYS[0])
-@example(text="\ud83d", key=KEYS[0])
-def test_any_signed_text_is_dropped_or_handed_on_as_it_is(compiler: salt.state.Compiler, text: str, key: str) -> None:
-    event = {"id": "mx1", "data": {"message": f"{signature(text, key)} {text}"}}
-    assert reactions(compiler, event) == expected(event)
+@example(text="[" * 65000, key=KEYS[0])
+@example(text="9" * 65000, key=KEYS[0])
+@example(text="[]", key=KEYS[0])
+@example(text="{}", key=KEYS[0])
+@example(text='{"sent": NaN}', key=KEYS[0])
+@example(text='{"sent": 1e999}', key=KEYS[0])
+@example(text='{"sent": ' + "9" * 400 + "}", key=KEYS[0])
+def test_any_other_text_is_dropped_even_when_it_is_signed(compiler: salt.state.Compiler, text: str, key: str) -> None:
+    assert reactions(compiler, signed(text, key)) == []
+
+
+@settings(max_examples=300, deadline=None)
+@given(sent=st.integers(-300, 300), more=TEXT | st.text(string.printable), key=st.sampled_from([*KEYS, FOREIGN]))
+@example(sent=0, more="x" * 65000, key=KEYS[0])
+@example(sent=0, more="x" * 66000, key=KEYS[0])
+@example(sent=0, more="{{ 1 }}", key=KEYS[0])
+@example(sent=0, more="\x7f", key=KEYS[0])
+@example(sent=0, more="\x85", key=KEYS[0])
+@example(sent=0, more="\ud83d", key=KEYS[0])
+def test_anything_signed_and_fresh_is_handed_on_as_it_is_or_dropped(
+    compiler: salt.state.Compiler, sent: int, more: str, key: str
+) -> None:
+    assume(abs(sent) not in (119, 120))  # The clock goes on meanwhile.
+    content = {"sent": time.time() + sent, "more": more}
+    for escaped in (False, True):
+        event = signed(json.dumps(content, ensure_ascii=escaped), key)
+        assert reactions(compiler, event) == expected(event)
 
 
 @settings(max_examples=200, deadline=None)
