@@ -3,27 +3,33 @@
 
 Run it as root: ``test/bench/cost.py`` with the Python of the tests; ``--help`` says what can be chosen.
 
-Each ruleset is loaded in a network namespace of its own, with a Dovecot and a Postfix of its own. They all live at
-once, each on a veth pair to one client namespace, and are measured in turn, in a new random order in each round, so
-that a machine that slows down slows all. Figures are processor time, see measures.py, and "a second" is one of it:
+One network namespace has a Dovecot, a Postfix and all rulesets, of which one at a time is in force; "none" has a
+namespace of its own, since connections are tracked in the other one. The arms take turns of some milliseconds, a fixed
+number of connections or packets, in a new random order in each round, so that a machine that slows down slows all.
+Figures are processor time, see measures.py, and "a second" is one of it:
 
-dovecot_connection, dovecot_login, dovecot_noop, postfix_connection
-    What a connection, a login and an exchange of lines take with a real server, without TLS. With it a connection
-    takes several times as long, and mailfw's part is smaller.
+dovecot_connection, dovecot_login, postfix_connection
+    What a connection takes with a real server, without TLS, from the SYN to the last FIN. With TLS it takes several
+    times as long, and mailfw's part is smaller.
+dovecot_noop, dovecot_fetch
+    What packets of an open connection take with a real server: an exchange of lines, and a full packet of a message.
 connection, round_trip, bulk_in, bulk_out
     The kernel's part of it: of a connection, an exchange of lines, a full packet.
 
 "against minimal" is a ratio of times: above 1 is slower. It is the median of the ratios of all rounds, and in brackets
-their quartiles. ``minimal again`` is the same ruleset once more: how far it is from 1 is the noise of all others.
+the interval in which it is with a confidence of 95%. ``minimal again`` is the same ruleset once more, in another table:
+how far it is from 1 is what the figures are not good for.
 ``minimal`` accepts established connections and new ones to the ports: what any stateful firewall costs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import ipaddress
 import json
+import math
 import os
 import random
 import re
@@ -32,7 +38,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,8 +46,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY / "test"), str(REPOSITORY / "_utils")]
 
 from bench import measures  # noqa: E402
-from bench.measures import Arm  # noqa: E402
-from bench.wires import OTHER_IPV6, OTHER_NETWORK, TRUSTED_IPV6, TRUSTED_NETWORK, Wires  # noqa: E402
+from bench.measures import Arm, Batch, Measure  # noqa: E402
+from bench.wires import OTHER_IPV6, OTHER_NETWORK, TRUSTED_IPV6, TRUSTED_NETWORK, Server, Wires  # noqa: E402
 from mailfwlib import settings  # noqa: E402
 from support.firewall import render  # noqa: E402
 
@@ -56,14 +61,14 @@ MINIMAL = """table inet filter {
   }
 }
 """
-#: Elements of trusted_ipv4 in each server namespace with mailfw's rules.
+#: Elements of trusted_ipv4 in each table with mailfw's rules.
 ELEMENTS = {"mailfw 0": 0, "mailfw 60k": 60_000, "mailfw 1M": 1_000_000}
 #: Nobody is banned at this rate.
 PILLAR = {"autoban": {"rate": "100000/second", "burst": 10000}}
 #: Clients of an arm: so many that neither the element of one nor its bucket stays in the processor's cache.
 SOURCES = 8192
-#: Of many batches, the one at this quantile is taken: those above it were disturbed.
-QUANTILE = 0.1
+#: The ruleset of a name is the only one of its namespace, which does not track connections.
+UNTRACKED = "none"
 
 
 def hosts(network: str, count: int) -> list[str]:
@@ -89,10 +94,10 @@ def trust(elements: int) -> str:
 
 
 def rulesets(scripts: dict[str, str]) -> dict[str, str]:
-    """Return the script of each server: its rules and elements."""
+    """Return the script of each ruleset: its rules and elements."""
     mailfw = render(settings.resolve(PILLAR))
     return {
-        "none": "",
+        UNTRACKED: "",
         "minimal": MINIMAL,
         "minimal again": MINIMAL,
         **{name: mailfw + trust(elements) for name, elements in ELEMENTS.items()},
@@ -100,64 +105,94 @@ def rulesets(scripts: dict[str, str]) -> dict[str, str]:
     }
 
 
-def arms(wires: Wires, scripts: dict[str, str]) -> list[Arm]:
-    """Return the arms: each server with the clients that its rules tell apart.
+def table_name(ruleset: str) -> str:
+    """Return the name of a ruleset's table."""
+    return re.sub(r"\W", "_", ruleset) if ruleset != UNTRACKED else ""
+
+
+def families(ruleset: str) -> tuple[int, ...]:
+    """Return the IP versions to measure a ruleset with: only trusted IPv4 addresses are there in numbers."""
+    return (4,) if ELEMENTS.get(ruleset) else (4, 6)
+
+
+def connecting(server: Server, ruleset: str, script: str) -> Iterator[Arm]:
+    """Yield the arms that open connections under a ruleset: one for each kind of client that its rules tell apart.
 
     What many clients cost the rest of the kernel is not mailfw's: an arm with one client is compared with another one.
     """
-    made = []
-    for name, script in scripts.items():
-        elements = ELEMENTS.get(name, 0)
-        for version in (4, 6) if elements == 0 else (4,):
-            suffix = " IPv6" if version == 6 else ""
-            trusted = hosts(TRUSTED_NETWORK if version == 4 else TRUSTED_IPV6, SOURCES if elements else 1)
-            others = hosts(OTHER_NETWORK if version == 4 else OTHER_IPV6, SOURCES)
-            if "set trusted_ipv4" in script:
-                sources = {f"{name} untrusted": others, f"{name} trusted": trusted}
-            else:
-                sources = {name: others, f"{name} 1 client": others[:1]}
-            made += [Arm(arm + suffix, wires.servers[name], tuple(clients)) for arm, clients in sources.items()]
-    return made
+    for version in families(ruleset):
+        suffix = " IPv6" if version == 6 else ""
+        many = SOURCES if ELEMENTS.get(ruleset) else 1
+        trusted = hosts(TRUSTED_NETWORK if version == 4 else TRUSTED_IPV6, many)
+        others = hosts(OTHER_NETWORK if version == 4 else OTHER_IPV6, SOURCES)
+        if "set trusted_ipv4" in script:
+            sources = {f"{ruleset} untrusted": others, f"{ruleset} trusted": trusted}
+        else:
+            sources = {ruleset: others, f"{ruleset} 1 client": others[:1]}
+        for arm, clients in sources.items():
+            yield Arm(arm + suffix, server, table_name(ruleset), tuple(clients))
 
 
-def quantile(samples: list[float], at: float) -> float:
-    """Return the sample at a quantile."""
-    return sorted(samples)[int(at * (len(samples) - 1))]
+def staying(server: Server, ruleset: str) -> Iterator[Arm]:
+    """Yield the arms with an open connection: who has opened it makes no difference any more."""
+    for version in families(ruleset):
+        source = hosts(TRUSTED_NETWORK if version == 4 else TRUSTED_IPV6, 1)
+        yield Arm(ruleset + (" IPv6" if version == 6 else ""), server, table_name(ruleset), tuple(source))
 
 
-def measure(chosen: list[Arm], name: str, rounds: int, seconds: float) -> Iterator[tuple[Arm, float]]:
-    """Yield one figure for each round and arm: nanoseconds for one operation."""
+def prepared(measure: Measure, chosen: list[Arm], settling: str) -> dict[Arm, Batch]:
+    """Return the batch of each arm. Those of a server share one connection, let in under the ruleset ``settling``."""
+    batches: dict[tuple[str, int], Batch] = {}
+    for arm in chosen:
+        key = (arm.server.name, arm.version)
+        if key not in batches:
+            arm.server.enforce(settling if arm.rules else "")
+            batches[key] = measure.prepare(arm.server, arm.version, arm.sources[0])
+    return {arm: batches[arm.server.name, arm.version] for arm in chosen}
+
+
+def measured(name: str, batches: dict[Arm, Batch], rounds: int, turn: int) -> dict[Arm, list[float]]:
+    """Return the figures of each arm, one of each round: nanoseconds for one operation, the median of a turn."""
+    found: dict[Arm, list[float]] = {arm: [] for arm in batches}
     for done in range(rounds):
         print(f"\r{name}: round {done + 1} of {rounds} ", end="", file=sys.stderr, flush=True)
-        figures = {
-            arm: quantile(measures.MEASURES[name](arm, seconds), QUANTILE) for arm in random.sample(chosen, len(chosen))
-        }
-        yield from ((arm, figures[arm]) for arm in chosen)
+        for arm in random.sample(list(batches), len(batches)):
+            found[arm].append(statistics.median(measures.turn(arm, measures.MEASURES[name], batches[arm], turn)))
     print(file=sys.stderr)
+    return found
 
 
 def base(arm: Arm) -> str:
     """Return the name of the arm that an arm is compared with."""
-    single = " 1 client" if len(arm.sources) == 1 else ""
+    single = " 1 client" if re.search(r" trusted| 1 client", arm.name) and len(arm.sources) == 1 else ""
     return f"minimal{single}{' IPv6' if arm.version == 6 else ''}"
 
 
+def interval(samples: list[float]) -> tuple[float, float, float]:
+    """Return the median, and the bounds of its 95% confidence interval: order statistics, so of any distribution."""
+    ordered = sorted(samples)
+    half = 0.98 * math.sqrt(len(ordered))
+    middle = (len(ordered) - 1) / 2
+    low, high = max(0, math.floor(middle - half)), min(len(ordered) - 1, math.ceil(middle + half))
+    return ordered[low], statistics.median(ordered), ordered[high]
+
+
 def summary(figures: dict[str, dict[Arm, list[float]]]) -> dict[str, dict[str, Any]]:
-    """Return for each measure and arm: the median, and its ratio to the minimal ruleset as quartiles of all rounds."""
+    """Return for each measure and arm: the median, and its ratio to the minimal ruleset, with confidence interval."""
     found: dict[str, dict[str, Any]] = {}
     for name, of_arm in figures.items():
         by_name = {arm.name: rounds for arm, rounds in of_arm.items()}
         for arm, rounds in of_arm.items():
             minimal = by_name[base(arm)]
             ratios = [mine / other for mine, other in zip(rounds, minimal)]
-            low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+            low, middle, high = interval(ratios)
             median = statistics.median(rounds)
             found.setdefault(name, {})[arm.name] = {
                 "nanoseconds": round(median, 1),
                 "per_second": round(1e9 / median, 1),
                 "more_than_minimal": round(statistics.median(m - o for m, o in zip(rounds, minimal)), 1),
                 "ratio": round(middle, 4),
-                "quartiles": [round(low, 4), round(high, 4)],
+                "interval": [round(low, 4), round(high, 4)],
                 "rounds": [round(figure, 1) for figure in rounds],
             }
     return found
@@ -170,7 +205,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         width = max(map(len, of_arm))
         lines.append(f"\n{name:{width}}  {'ns each':>9}  {'a second':>9}  {'ns more':>8}  against minimal")
         for arm, figure in of_arm.items():
-            low, high = figure["quartiles"]
+            low, high = figure["interval"]
             lines.append(
                 f"{arm:{width}}  {figure['nanoseconds']:9.0f}  {figure['per_second']:9.0f}"
                 f"  {figure['more_than_minimal']:8.0f}  {figure['ratio']:.3f} ({low:.3f}-{high:.3f})"
@@ -200,17 +235,15 @@ def background(seconds: float) -> float:
 def options() -> argparse.Namespace:
     """Return what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=60, help="of each measure (60)")
-    parser.add_argument(
-        "--seconds", type=float, default=0.05, help="of processor time for each arm in each round (0.05)"
-    )
+    parser.add_argument("--rounds", type=int, default=200, help="of each measure (200)")
+    parser.add_argument("--turn", type=int, default=5, help="batches of each arm in each round (5)")
     parser.add_argument("--measure", action="append", choices=measures.MEASURES, help="only this one; repeatable")
     parser.add_argument(
         "--rulesets", default="", help="only minimal and those with one of these in their names: none,1M"
     )
     parser.add_argument("--arms", default="", metavar="REGEX", help="only minimal and the arms whose names match")
     parser.add_argument(
-        "--script", action="append", default=[], metavar="NAME=FILE", help="one more ruleset; repeatable"
+        "--script", action="append", default=[], metavar="NAME=FILE", help="one more ruleset, of one table; repeatable"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     return parser.parse_args()
@@ -228,29 +261,44 @@ def chosen_scripts(asked: argparse.Namespace) -> dict[str, str]:
     }
 
 
+def serving(wires: Wires, scripts: dict[str, str]) -> dict[str, Server]:
+    """Return the server of each ruleset, with all of them loaded and asleep."""
+    servers = {name: wires.servers[name == UNTRACKED] for name in scripts}
+    for name, script in scripts.items():
+        if name != UNTRACKED:
+            servers[name].load(table_name(name), script)
+    return servers
+
+
 def main() -> None:
     """Measure and print."""
     asked = options()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     scripts = chosen_scripts(asked)
+    settling = table_name(next(name for name, script in reversed(scripts.items()) if script))
     gc.disable()
     os.sched_setaffinity(0, {CORE})
-    figures: dict[str, dict[Arm, list[float]]] = defaultdict(lambda: defaultdict(list))
+    figures: dict[str, dict[Arm, list[float]]] = {}
     with tempfile.TemporaryDirectory() as directory:
         Path(directory).chmod(0o755)  # for the users of the mail servers
-        wires = Wires(list(scripts), Path(directory), CORE)
-        try:
+        with contextlib.closing(Wires(1 + (UNTRACKED in scripts), Path(directory), CORE)) as wires:
             found: dict[str, Any] = {"background_before": background(5)}
-            for name, script in scripts.items():
-                wires.servers[name].load(script)
+            servers = serving(wires, scripts)
             time.sleep(2)
             found["background_with_elements"] = background(5)
-            chosen = [a for a in arms(wires, scripts) if a.name.startswith("minimal") or re.search(asked.arms, a.name)]
             for name in asked.measure or measures.MEASURES:
-                for arm, figure in measure(chosen, name, asked.rounds, asked.seconds):
-                    figures[name][arm].append(figure)
-        finally:
-            wires.close()
+                measure = measures.MEASURES[name]
+                chosen = [
+                    arm
+                    for ruleset, script in scripts.items()
+                    for arm in (
+                        connecting(servers[ruleset], ruleset, script)
+                        if measure.opens
+                        else staying(servers[ruleset], ruleset)
+                    )
+                    if ruleset.startswith("minimal") or re.search(asked.arms, arm.name)
+                ]
+                figures[name] = measured(name, prepared(measure, chosen, settling), asked.rounds, asked.turn)
     found["measures"] = summary(figures)
     print(table(found["measures"]))
     print(

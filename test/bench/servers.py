@@ -12,6 +12,8 @@ from pathlib import Path
 
 IMAP_PORT, SUBMISSION_PORT = 993, 587
 USER, PASSWORD = "user", "secret"
+#: The bytes of the one message that there is to fetch.
+MESSAGE = 256 * 1024
 
 _DOVECOT = """
 base_dir = {directory}/run
@@ -88,7 +90,13 @@ def configured_dovecot(directory: Path, addresses: list[str], port: int, service
     """
     directory.mkdir()
     (directory / "mail").mkdir()
-    shutil.chown(directory / "mail", "mail", "mail")
+    for name in ("cur", "new", "tmp"):
+        (directory / "mail" / name).mkdir()
+    (directory / "mail/cur/1.message:2,S").write_bytes(
+        b"Subject: bench\r\n\r\n" + (b"x" * 70 + b"\r\n") * (MESSAGE // 72)
+    )
+    for path in (directory / "mail", *(directory / "mail").rglob("*")):
+        shutil.chown(path, "mail", "mail")
     config = directory / "dovecot.conf"
     values = {"listen": ", ".join(addresses), "port": port, "password": PASSWORD, "services": services}
     config.write_text(_DOVECOT.format(directory=directory, **values))
