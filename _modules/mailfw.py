@@ -445,7 +445,8 @@ def trust(address, period=None, services=None, reason="", **kwargs):
         The address or network.
 
     period
-        For how long. Default: ``mailfw:trusted:period``.
+        For how long. Default: ``mailfw:trusted:period``. A login does not shorten it. One that outlasts it takes the
+        trust over, as one that is earned, but for services in private mode: there it renews the operator's.
 
     services
         The services or ports, as a list or with commas between them. Default: every login port of the host.
@@ -464,9 +465,9 @@ def trust(address, period=None, services=None, reason="", **kwargs):
     source, ports = _source(address, host), _ports(services, host)
     seconds = host["trusted"]["period"] if period is None else _period(period)
     was = {port: left for port, left in _remaining(source, host)["trusted"].items() if port in ports}
-    until = time.time() + seconds
-    _run(elements.trust(source, dict.fromkeys(ports, seconds), host, audit.note(by, why)))
-    _tell_agent("remember", elements.trusted_keys(source, host), ",".join(map(str, ports)), str(until))
+    until, note = time.time() + seconds, audit.note(by, why)
+    _run(elements.trust(source, dict.fromkeys(ports, seconds), host, note))
+    _tell_agent("remember", elements.trusted_keys(source, host), ",".join(map(str, ports)), str(until), note)
     name = _trusted_text(source, host)
     audit.record("trust", name, by, ports, until, why)
     return {"trusted": name, "ports": ports, "period": parse.duration_text(seconds), "was": _texts(was)}

@@ -11,7 +11,8 @@ request                             who may      what it does
 ==================================  ===========  =====================================================
 ``login`` address user              Dovecot      trusts the address for the period, and announces it
 ``receive`` message                 root         trusts the addresses that a signed message announces
-``remember`` addresses ports until  root         never shortens a trust that an operator has given
+``remember`` addresses ports        root         never shortens a trust that an operator has given, until when (Unix
+until note                                       time), and with which comment
 ``forget`` addresses                root         takes addresses for ones that never logged in
 ``revoke`` user                     root         ends what only that user's logins have earned, as JSON
 ``places`` user                     root         says where that user has logged in from, as JSON
@@ -38,7 +39,7 @@ import threading
 import time
 from collections.abc import Container, Iterable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 from mailfwlib import __version__, audit, client, elements, messages, netlink, nft, parse, people, ruleset, sockets
 from mailfwlib.announcer import Announcer
@@ -79,6 +80,17 @@ class RefusedError(Exception):
     """A request that is not granted; the message goes to the caller."""
 
 
+class Ending(NamedTuple):
+    """When an address's trust on a port ends (Unix time), and its comment in the kernel: only operators leave one."""
+
+    until: float
+    note: str
+
+
+#: What an operator has given where none has given anything.
+NOTHING = Ending(0.0, "")
+
+
 class Agent:
     """What the agent knows and does, apart from sockets."""
 
@@ -91,8 +103,9 @@ class Agent:
         self._complained: dict[str, float] = {}
         #: When the trust that logins have earned ends: address -> Unix time.
         self._earned: dict[Address, float] = {}
-        #: When a trust ends that an operator gave, or that outlasts a login's: a login does not shorten it.
-        self._given: dict[tuple[Address, int], float] = {}
+        #: The trusts that operators gave: a login does not shorten them, and one that outlasts such a trust takes it
+        #: over, unless only operators open that port.
+        self._given: dict[tuple[Address, int], Ending] = {}
         #: When an operator ended a trust: the master still tells of the logins before that.
         self._ended_journal = Journal(DIRECTORY / "ended", MOST_LOGINS, parse.address)
         self._ended = {
@@ -119,24 +132,23 @@ class Agent:
         """Learn from the kernel's sets who is trusted, once, at the start."""
         kernel, now = netlink.Kernel(), time.time()
         for family in FAMILIES:
-            found: dict[str, list[tuple[int, float]]] = {}
+            found: dict[str, list[tuple[int, Ending]]] = {}
             try:
                 for one in kernel.elements(f"trusted_{family}"):
                     address, _, port = one.value.partition(" . ")
                     left = parse.LONGEST if one.left is None else one.left
-                    found.setdefault(address, []).append((int(port), now + left))
+                    found.setdefault(address, []).append((int(port), Ending(now + left, one.note)))
             except OSError as err:
                 log.warning("trusted_%s cannot be read: %s", family, err)
             for address, ports in found.items():
                 self._note(parse.address(address), ports, now + self.settings["trusted"]["period"])
 
-    def _note(self, key: Address, ports: list[tuple[int, float]], longest: float) -> None:
-        opened = elements.ports_for_login(key, self.settings)
-        for port, until in ports:
-            if until > longest or port not in opened:
-                self._given[key, port] = until
+    def _note(self, key: Address, ports: list[tuple[int, Ending]], longest: float) -> None:
+        for port, ending in ports:
+            if ending.note or ending.until > longest:
+                self._given[key, port] = Ending(ending.until, ending.note or "an operator")
             else:
-                self._remember(key, max(until, self._earned.get(key, 0.0)))
+                self._remember(key, max(ending.until, self._earned.get(key, 0.0)))
 
     def refresh_settings(self) -> None:
         """Read the settings file again if it was replaced; keep the old settings if it cannot be read."""
@@ -161,10 +173,10 @@ class Agent:
             return self._login(*arguments)
         if verb == "receive" and root and len(arguments) == 1:
             return str(self._receive(arguments[0]))
-        if verb == "remember" and root and len(arguments) == 3:
+        if verb == "remember" and root and len(arguments) == 4 and audit.is_note(arguments[3]):
             for key in map(parse.address, arguments[0].split(",")):
                 for port in arguments[1].split(","):
-                    self._given[key, int(port)] = float(arguments[2])
+                    self._given[key, int(port)] = Ending(float(arguments[2]), arguments[3])
             return ""
         if verb == "forget" and root and len(arguments) == 1:
             for key in map(parse.address, arguments[0].split(",")):
@@ -204,18 +216,19 @@ class Agent:
         reason = elements.never_trusted(address, self.settings) or sockets.own_address(address)
         if not reason:
             self.monitor.familiar.note(address, now)
-        ports = [] if reason else self._ports(address)
-        if not ports:
+        until = now + self.settings["trusted"]["period"]
+        endings = {} if reason else self._endings(address, until)
+        if not endings:
             return reason or "no mailfw:trusted network admits it, and the mode is private"
         key, who = elements.trusted_key(address, self.settings), self.people.key(user)
         if who and self._is_too_much(user, who, key, now):
             return "mailfw:trusted:per_user: this user has enough addresses for today"
-        news, until = self._is_news(key, who, now), now + self.settings["trusted"]["period"]
-        self._trust(address, ports, until)
+        news = self._is_news(key, who, now)
+        self._trust(address, endings, until)
         self.people.note(who, key, now)
         if news:
             self.announcer.announce(key, now, who)
-            self._record_trust(address, ports, until, by)
+            self._record_trust(address, list(endings), until, by)
             self.counts["announced"] += 1
         return ""
 
@@ -275,24 +288,25 @@ class Agent:
             self.announcer.tell("mailfw/roaming", found)
         return True
 
-    def _ports(self, address: Address) -> list[int]:
-        """Return the ports that a login opens, and those where it renews what an operator has opened."""
+    def _endings(self, address: Address, until: float) -> dict[int, Ending]:
+        """Return the ports that a login opens until then, and those where it renews what an operator has opened."""
         key, now = elements.trusted_key(address, self.settings), time.time()
         opened = elements.ports_for_login(address, self.settings)
-        renewed = [
-            port
-            for port in login_ports(self.settings)
-            if port not in opened and self._given.get((key, port), 0.0) > now
-        ]
-        return opened + renewed
+        found = {}
+        for port in login_ports(self.settings):
+            given = self._given.get((key, port), NOTHING)
+            if port in opened:
+                found[port] = max(Ending(until, ""), given)
+            elif given.until > now:
+                found[port] = max(Ending(until, given.note), given)
+        return found
 
-    def _trust(self, address: Address, ports: list[int], until: float) -> None:
+    def _trust(self, address: Address, endings: dict[int, Ending], until: float) -> None:
         """Put a login's trust into the kernel's sets. Raises RefusedError."""
-        key, now = elements.trusted_key(address, self.settings), time.time()
-        seconds = {port: max(1, round(max(until, self._given.get((key, port), 0.0)) - now)) for port in ports}
+        key = elements.trusted_key(address, self.settings)
         try:
             with ruleset.adding(self._patience) as in_turn:
-                self._nft.run(elements.trust(address, seconds, self.settings))
+                self._nft.run(self._script(address, endings))
             self._patience = WAIT if in_turn else 0.0  # One login waits for a slow applier, not each.
         except nft.NftError as err:
             self._complain("nft", f"{address} cannot be trusted: {err}")
@@ -300,8 +314,18 @@ class Agent:
                 self._nft.run(elements.unban(address, ROLES, self.settings))
             raise RefusedError(f"{address} cannot be trusted: {err}") from err
         self._remember(key, until)
-        for given in [(key, port) for port in ports if (key, port) in self._given]:
-            self._given[given] = max(until, self._given[given])
+        for port, ending in endings.items():
+            self._given.pop((key, port), None)
+            if ending.note:
+                self._given[key, port] = ending
+
+    def _script(self, address: Address, endings: dict[int, Ending]) -> str:
+        """Return the script that trusts an address; a trust of an operator keeps its comment."""
+        now = time.time()
+        seconds: dict[str, dict[int, int]] = {}
+        for port, (until, note) in endings.items():
+            seconds.setdefault(note, {})[port] = max(1, round(until - now))
+        return "".join(elements.trust(address, left, self.settings, note) for note, left in seconds.items())
 
     def _remember(self, key: Address, until: float) -> None:
         self._earned.pop(key, None)
@@ -347,13 +371,12 @@ class Agent:
         recent = [(key, until) for key, until in self._earned.items() if until > now and until - period >= since - 1]
         for key, until in recent:
             with contextlib.suppress(RefusedError):
-                self._trust(key, self._ports(key), until)
+                self._trust(key, self._endings(key, until), until)
         for key in [key for key, at in self._ended.items() if at >= since - 1 and key not in self._earned]:
             self._nft.run(elements.untrust(key, login_ports(self.settings), self.settings))
-        for (key, port), until in list(self._given.items()):
-            if until > now:
-                left = {port: max(1, round(until - now))}
-                self._nft.run(elements.trust(key, left, self.settings, "an operator"))
+        for (key, port), given in list(self._given.items()):
+            if given.until > now:
+                self._nft.run(self._script(key, {port: given}))
 
     def _forget(self, key: Address) -> None:
         self._end(key)
@@ -382,8 +405,8 @@ class Agent:
         now, places = time.time(), self.people.places(user)
         some = list(places)[:MOST_REVOKED]
         given: dict[Address, set[int]] = {}
-        for (key, port), until in self._given.items():
-            if until > now:
+        for (key, port), ending in self._given.items():
+            if ending.until > now:
                 given.setdefault(key, set()).add(port)
         found = self._earned_by(user, some, given.keys(), now)
         ended = [*found["revoked"], *found["given"]]
@@ -453,15 +476,15 @@ class Agent:
         if elements.never_trusted(address, self.settings) or sockets.own_address(address):
             return False
         self.monitor.familiar.note(address, at)
-        ports = self._ports(address)
-        if not ports:
+        endings = self._endings(address, until)
+        if not endings:
             return False
         try:
-            self._trust(address, ports, until)
+            self._trust(address, endings, until)
         except RefusedError:
             return False
         if until - known >= self.settings["trusted"]["period"] / 10:
-            self._record_trust(address, ports, until, "fleet")
+            self._record_trust(address, list(endings), until, "fleet")
         return True
 
     def status(self) -> dict[str, Any]:

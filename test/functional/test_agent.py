@@ -168,17 +168,15 @@ def test_private_mode_renews_what_an_operator_has_opened(
     """By logins here and by those that other hosts tell of, and no more than that."""
     firewall.load(protection={"type": "private"})
     with closing(Agent(host, tmp_path, {**PILLAR, "protection": {"type": "private"}})) as agent:
-        firewall.trust(ADDRESS[family], 60, [993])
-        agent.ask("remember", ELEMENT[family], "993", str(time.time() + 60))
+        given(agent, firewall, family, 60, [993])
         if restarted:
             agent.restart()
         assert agent.login(ADDRESS[family]) == f"{ADDRESS[family]} is trusted"
         (left,) = trusted(firewall, family).values()
         assert left > DAY - 10
         firewall.untrust(ADDRESS[family])
-        firewall.trust(ADDRESS[family], 60, [587])
         agent.ask("forget", ELEMENT[family])
-        agent.ask("remember", ELEMENT[family], "587", str(time.time() + 60))
+        given(agent, firewall, family, 60, [587])
         assert agent.ask("receive", signed({ADDRESS[family]: time.time()})) == "1"
         ((element, left),) = trusted(firewall, family).items()
         assert (element, left > DAY - 10) == (f"{ELEMENT[family]} . 587", True)
@@ -227,9 +225,11 @@ STRANGE = {
     "no message": b"receive\0",
     "two messages": b"receive\0a\0b",
     "status of something": b"status\0x",
-    "remember nonsense": b"remember\0x\0y\0z",
-    "remember no number": b"remember\x00198.51.100.10\x00587\0soon",
-    "remember no port": b"remember\x00198.51.100.10\0\x001e12",
+    "remember nonsense": b"remember\0x\0y\0z\0root",
+    "remember no number": b"remember\x00198.51.100.10\x00587\0soon\0root",
+    "remember no port": b"remember\x00198.51.100.10\0\x001e12\0root",
+    "remember no comment": b'remember\x00198.51.100.10\x00587\x001e12\0root: a "quote"',
+    "remember nobody's": b"remember\x00198.51.100.10\x00587\x001e12",
     "forget nonsense": b"forget\0x",
     "renew nonsense": b"renew\0x\0alice",
     "renew nobody": b"renew\x00198.51.100.10",
@@ -280,7 +280,8 @@ def test_dovecots_user_may_report_logins(agent: Agent, loaded: Firewall) -> None
 
 @pytest.mark.parametrize("user", [LOGIN_USER, "daemon"])
 @pytest.mark.parametrize(
-    "request_", [("receive", "x"), ("status",), ("forget", "192.0.2.1"), ("remember", "192.0.2.1", "587", "2e9")]
+    "request_",
+    [("receive", "x"), ("status",), ("forget", "192.0.2.1"), ("remember", "192.0.2.1", "587", "2e9", "root")],
 )
 def test_only_root_may_ask_for_the_rest(agent: Agent, user: str, request_: tuple[str, ...]) -> None:
     assert agent.ask_as(user, *request_).startswith("AgentError: ")
@@ -407,15 +408,25 @@ def test_without_keys_no_message_is_believed(agent: Agent, loaded: Firewall) -> 
 # Trust that an operator has given
 
 
-def given(agent: Agent, firewall: Firewall, family: str, days: int, ports: list[int]) -> None:
+NOTE = "root: ticket 17"
+
+
+def given(agent: Agent, firewall: Firewall, family: str, seconds: int, ports: list[int]) -> None:
     """Trust as the module does it: in the kernel first, then the agent is told."""
-    firewall.trust(ADDRESS[family], days * DAY, ports)
-    agent.ask("remember", ELEMENT[family], ",".join(map(str, ports)), str(time.time() + days * DAY))
+    firewall.trust(ADDRESS[family], seconds, ports, NOTE)
+    agent.remember(ELEMENT[family], seconds, *ports, note=NOTE)
+
+
+def noted(firewall: Firewall, family: str) -> list[str]:
+    """Return the trust that an operator has given, as the kernel says."""
+    assert set(firewall.notes(f"trusted_{family}").values()) <= {NOTE}
+    return list(firewall.notes(f"trusted_{family}"))
 
 
 def test_operators_longer_trust_is_not_shortened(agent: Agent, loaded: Firewall, family: str) -> None:
-    given(agent, loaded, family, 30, [587])
+    given(agent, loaded, family, 30 * DAY, [587])
     agent.login(ADDRESS[family])
+    assert noted(loaded, family) == [f"{ELEMENT[family]} . 587"]
     found = trusted(loaded, family)
     assert found.pop(f"{ELEMENT[family]} . 587") > 30 * DAY - 10
     assert len(found) == len(LOGIN_PORTS) - 1
@@ -423,15 +434,82 @@ def test_operators_longer_trust_is_not_shortened(agent: Agent, loaded: Firewall,
 
 
 def test_operators_longer_trust_is_not_shortened_by_a_message(agent: Agent, loaded: Firewall, family: str) -> None:
-    given(agent, loaded, family, 30, [587, 465])
+    given(agent, loaded, family, 30 * DAY, [587, 465])
     assert agent.ask("receive", signed({ADDRESS[family]: time.time()})) == "1"
     found = trusted(loaded, family)
     assert found[f"{ELEMENT[family]} . 587"] > 30 * DAY - 10
     assert found[f"{ELEMENT[family]} . 993"] <= DAY
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_operators_shorter_trust_is_not_taken_for_a_logins(
+    agent: Agent, loaded: Firewall, family: str, restarted: bool
+) -> None:
+    """A repair makes it neither longer nor wider; nobody's revocation ends it."""
+    agent.login(ADDRESS[family], "alice")
+    loaded.untrust(ADDRESS[family])
+    agent.ask("forget", ELEMENT[family])
+    given(agent, loaded, family, 3600, [587])
+    if restarted:
+        agent.restart()
+    agent.ask("again", str(time.time() - DAY))
+    assert json.loads(agent.ask("revoke", "alice"))["revoked"] == []
+    ((element, left),) = trusted(loaded, family).items()
+    assert (element, left > 3500, left <= 3600) == (f"{ELEMENT[family]} . 587", True, True)
+    assert noted(loaded, family) == [element]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_login_that_outlasts_an_operators_trust_takes_it_over(
+    agent: Agent, loaded: Firewall, family: str, restarted: bool
+) -> None:
+    given(agent, loaded, family, 3600, [587])
+    agent.login(ADDRESS[family], "alice")
+    if restarted:
+        agent.restart()
+    assert noted(loaded, family) == []
+    assert min(trusted(loaded, family).values()) > DAY - 20
+    assert json.loads(agent.ask("revoke", "alice"))["revoked"] == [ELEMENT[family]]
+    assert trusted(loaded, family) == {}
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_operators_longer_trust_stays_an_operators(
+    agent: Agent, loaded: Firewall, family: str, restarted: bool
+) -> None:
+    given(agent, loaded, family, 30 * DAY, [587])
+    agent.login(ADDRESS[family], "alice")
+    if restarted:
+        agent.restart()
+    assert json.loads(agent.ask("revoke", "alice"))["given"] == [ELEMENT[family]]
+    assert list(trusted(loaded, family)) == noted(loaded, family) == [f"{ELEMENT[family]} . 587"]
+
+
+def test_operators_trust_that_is_over_keeps_nothing(agent: Agent, loaded: Firewall, family: str) -> None:
+    given(agent, loaded, family, 1, [587])
+    until(lambda: not trusted(loaded, family), "the end of it")
+    agent.login(ADDRESS[family], "alice")
+    assert json.loads(agent.ask("revoke", "alice"))["revoked"] == [ELEMENT[family]]
+    assert trusted(loaded, family) == {}
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_what_logins_earned_before_private_mode_no_login_renews(
+    agent: Agent, loaded: Firewall, family: str, restarted: bool
+) -> None:
+    agent.login(ADDRESS[family], "alice")
+    before = min(trusted(loaded, family).values())
+    loaded.load(**{**PILLAR, "protection": {"type": "private"}})
+    agent.configure({**PILLAR, "protection": {"type": "private"}})
+    if restarted:
+        agent.restart()
+    assert agent.login(ADDRESS[family], "alice").endswith("and the mode is private")
+    assert agent.ask("receive", signed({ADDRESS[family]: time.time() + 60})) == "0"
+    assert not [left for left in trusted(loaded, family).values() if left > before]
+
+
 def test_forgotten_trust_is_a_logins_again(agent: Agent, loaded: Firewall, family: str) -> None:
-    given(agent, loaded, family, 30, [587])
+    given(agent, loaded, family, 30 * DAY, [587])
     loaded.untrust(ADDRESS[family])
     agent.ask("forget", ELEMENT[family])
     agent.login(ADDRESS[family])
@@ -514,7 +592,7 @@ def test_new_settings_are_read_without_a_request(agent: Agent) -> None:
 
 
 def test_agent_learns_from_the_kernel_at_start(agent: Agent, loaded: Firewall, family: str) -> None:
-    loaded.trust(ADDRESS[family], 30 * DAY, [587])
+    loaded.trust(ADDRESS[family], 30 * DAY, [587], NOTE)
     loaded.trust(ADDRESS[family], DAY, [993])
     agent.restart()
     assert agent.ask("receive", signed({ADDRESS[family]: time.time() - 60})) == "0"

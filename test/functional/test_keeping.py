@@ -111,7 +111,7 @@ def test_repair_brings_back_what_was_known_last(agent: Agent, installed: Firewal
     agent.restart()
     until(lambda: agent.status()["last_snapshot"], "a snapshot")
     agent.login(logged_in)
-    agent.ask("remember", given, "587", str(time.time() + 30 * 86400))
+    agent.remember(given, 30 * 86400, 587, note="root")
     installed.untrust(forgotten)
     agent.ask("forget", forgotten)
     flush(installed)

@@ -177,8 +177,8 @@ def test_private_mode_renews_what_an_operator_has_opened(firewall: Firewall, hos
     firewall.load(**PRIVATE)
     with closing(Agent(host, tmp_path, PRIVATE)) as agent:
         for source, element in zip(ADDRESSES, ELEMENTS):
-            firewall.trust(source, 60, [993])
-            agent.ask("remember", element, "993", str(time.time() + 60))
+            firewall.trust(source, 60, [993], "root")
+            agent.remember(element, 60, 993, note="root")
         log_in(agent)
         later(agent, PRIVATE)
         assert renew(agent) == 2

@@ -72,8 +72,8 @@ def test_revoking_ends_what_only_this_user_has_earned(agent: Agent, loaded: Fire
 
 
 def test_what_an_operator_gave_stays(agent: Agent, loaded: Firewall) -> None:
-    loaded.trust(HOME, 30 * DAY, [587])
-    agent.ask("remember", HOME, "587", str(time.time() + 30 * DAY))
+    loaded.trust(HOME, 30 * DAY, [587], "root")
+    agent.remember(HOME, 30 * DAY, 587, note="root")
     agent.login(HOME, ALICE)
     assert trusted(loaded) == {HOME: set(LOGIN_PORTS)}
     assert revoke(agent, ALICE)["given"] == [HOME]
@@ -269,7 +269,7 @@ def test_known_addresses_and_other_users_go_on(agent: Agent, loaded: Firewall) -
 def test_an_operator_may_trust_one_address_too_many(agent: Agent, loaded: Firewall) -> None:
     use_up(agent)
     loaded.trust(HOME, DAY, LOGIN_PORTS)
-    agent.ask("remember", HOME, ",".join(map(str, LOGIN_PORTS)), str(time.time() + DAY))
+    agent.remember(HOME, DAY, *LOGIN_PORTS, note="root")
     agent.login(HOME, ALICE)
     assert HOME in trusted(loaded)
 

@@ -65,6 +65,16 @@ def test_a_user_is_revoked_on_one_host(fleet: Fleet, mx1: MailHost, mx2: MailHos
     assert not {here, there} & mx1.host.trusted().keys(), "the master still tells of them"
 
 
+def test_what_an_operator_gave_stays(fleet: Fleet, mx1: MailHost, user: str) -> None:
+    address = fleet.new_address()
+    fleet.call(mx1, "mailfw.trust", address, period="30d", services="submission", reason="ticket 17")
+    mx1.agent.login(address, user)
+    assert fleet.call(mx1, "mailfw.revoke", user) == {**outcome(), "given": [address]}
+    ((port, left),) = mx1.host.trusted()[address].items()
+    assert (port, left > 29 * 86400) == (587, True)
+    assert fleet.call(mx1, "mailfw.explain", address)["trusted"]["submission"].endswith(": ticket 17")
+
+
 def test_a_user_is_revoked_on_all_hosts(fleet: Fleet, mx1: MailHost, mx2: MailHost, user: str) -> None:
     address, office = fleet.new_address(), fleet.new_address()
     mx1.agent.login(address, user)

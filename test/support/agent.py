@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,10 @@ class Agent:
         drop = ("setpriv", "--reuid", user, "--regid", "nogroup", "--clear-groups")
         done = self._host.run(*drop, "/usr/bin/python3", "-I", "-c", _ASK, verb, *arguments, check=False)
         return done.stdout.strip() if done.returncode == 0 else done.stderr.strip().rpartition("mailfwlib.client.")[2]
+
+    def remember(self, element: str, seconds: int, *ports: int, note: str) -> None:
+        """Tell of a trust that an operator has given, as the module does once the kernel has it."""
+        self.ask("remember", element, ",".join(map(str, ports)), str(time.time() + seconds), note)
 
     def send(self, packet: bytes) -> bytes:
         """Send any packet as root; return the reply, empty when the agent only hangs up."""

@@ -73,20 +73,26 @@ class Firewall:
 
     def elements(self, name: str) -> dict[str, float]:
         """Return a set's elements, such as ``192.0.2.1`` or ``192.0.2.1 . 587``: element -> seconds left."""
+        return {element_text(one): one.get("expires", float("inf")) for one in self._listed(name)}
+
+    def notes(self, name: str) -> dict[str, str]:
+        """Return the comments of a set's elements, of those that have one."""
+        return {element_text(one): one["comment"] for one in self._listed(name) if "comment" in one}
+
+    def _listed(self, name: str) -> list[dict[str, Any]]:
         printed = json.loads(self.nft("-j", "list", "set", *nft.TABLE.split(), name))
         listed = next(entry["set"] for entry in printed["nftables"] if "set" in entry).get("elem", [])
-        timed = (one["elem"] if isinstance(one, dict) and "elem" in one else {"val": one} for one in listed)
-        return {element_text(one): one.get("expires", float("inf")) for one in timed}
+        return [one["elem"] if isinstance(one, dict) and "elem" in one else {"val": one} for one in listed]
 
     def counter(self, name: str) -> int:
         """Return the packets that a named counter has counted."""
         listed = json.loads(self.nft("-j", "list", "counter", *nft.TABLE.split(), name))
         return next(entry["counter"]["packets"] for entry in listed["nftables"] if "counter" in entry)
 
-    def trust(self, address: str, seconds: int = 3600, ports: list[int] | None = None) -> None:
-        """Trust an address as a login does."""
+    def trust(self, address: str, seconds: int = 3600, ports: list[int] | None = None, note: str = "") -> None:
+        """Trust an address as a login does, or with a note as an operator does."""
         ports = settings.login_ports(self.settings) if ports is None else ports
-        self.run(elements.trust(parse.address(address), dict.fromkeys(ports, seconds), self.settings))
+        self.run(elements.trust(parse.address(address), dict.fromkeys(ports, seconds), self.settings, note))
 
     def untrust(self, address: str, ports: list[int] | None = None) -> None:
         """End an address's trust."""
