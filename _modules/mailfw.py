@@ -74,6 +74,8 @@ TREE = "salt://mailfw"
 SALT_HELPER = "/usr/lib/mailfw/salt_helper.py"
 #: Addresses that the agent is told of at once.
 MOST_TOLD = 1000
+#: What the end of a trust on one host of a fleet comes with.
+ONLY_HERE = "a login or a session on another mail host has it trusted again: salt-run mailfw.untrust is for all of them"
 
 
 def __virtual__():
@@ -478,6 +480,9 @@ def untrust(address, services=None, reason="", **kwargs):
     End the trust of an address or a network on this host, whether a login earned it or an operator gave it, and its
     open sessions on these services, at once. Trusted networks of the pillar stay.
 
+    In a fleet, a login or an open session on another mail host has the address trusted again, here as well (the answer
+    says so as ``only_here``): ``salt-run mailfw.untrust`` ends both on all of them.
+
     address
         The address or network.
 
@@ -502,7 +507,8 @@ def untrust(address, services=None, reason="", **kwargs):
     name = _trusted_text(source, host)
     if had or ended:
         audit.record("untrust", name, by, had, why=why)
-    return {"untrusted": name, "ports": had, "sessions_ended": ended}
+    done = {"untrusted": name, "ports": had, "sessions_ended": ended}
+    return {**done, "only_here": ONLY_HERE} if host["fleet"]["keys"] else done
 
 
 def revoke(user, reason="", **kwargs):

@@ -455,7 +455,8 @@ def trust(address, period=None, services=None, reason=""):
 
 def untrust(address, services=None, reason=""):
     """
-    End an address's or network's trust on all mail hosts, and its sessions.
+    End an address's or network's trust on all mail hosts, and its sessions. Where a host fails or does not answer, an
+    open session goes on having the address trusted, on all of them: call this again.
 
     CLI Example:
 
@@ -463,7 +464,10 @@ def untrust(address, services=None, reason=""):
 
         salt-run mailfw.untrust 192.0.2.1
     """
-    return _tell("untrust", address, services=services, reason=reason)
+    found = _tell("untrust", address, services=services, reason=reason)
+    for said in found["hosts"].values():
+        said.pop("only_here", None)
+    return found
 
 
 def unban(address, role=None, reason=""):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from integration.fleet import Fleet, MailHost, wait_until_trusted
+from integration.fleet import NETWORK, Fleet, MailHost, wait_until_trusted
+from integration.test_module import session
 from integration.test_way_out import PATIENTLY
 from mailfwlib import __version__, messages
 
@@ -161,6 +162,20 @@ def test_verbs_reach_all_hosts(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> No
     for host in (mx1, mx2):
         assert address not in host.host.trusted()
         assert address not in str(host.host.elements("banned_dovecot_ipv4"))
+
+
+def test_untrust_ends_sessions_on_all_hosts(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
+    source = f"{NETWORK}.1"
+    fleet.salt_run(*PATIENTLY, "mailfw.trust", source)
+    with session(mx1, 993) as (here, _), session(mx2, 993) as (there, _):
+        status, said = fleet.salt_run(*PATIENTLY, "mailfw.untrust", source)
+        assert status == 0
+        ended = {"untrusted": source, "ports": [110, 143, 465, 587, 993, 995, 4190], "sessions_ended": 1}
+        assert said["hosts"] == {"mx1": ended, "mx2": ended}
+        for client in (here, there):
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+    assert not any(source in host.host.trusted() for host in (mx1, mx2))
 
 
 def test_what_hosts_refuse_is_said_of_each(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
