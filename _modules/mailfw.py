@@ -39,6 +39,7 @@ from mailfwlib import (
     doctor_mail,
     dovecot,
     elements,
+    familiar,
     files,
     kick,
     listing,
@@ -55,6 +56,7 @@ from mailfwlib import (
     sockets,
 )
 from mailfwlib import explain as explaining
+from mailfwlib import observed as observing
 from mailfwlib import settings as schema
 
 log = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ __func_alias__ = {
     "overview_": "overview",
     "list_": "list",
 }
-__outputter__ = {"list_": "mailfw"}
+__outputter__ = {"list_": "mailfw", "observed": "mailfw"}
 
 SETTINGS = "/etc/mailfw/settings.json"
 TREE = "salt://mailfw"
@@ -736,6 +738,7 @@ def clear(address, reason="", **kwargs):
         + elements.forget(source, _sets("waiting_", "observed_"), ports, host)
     )
     _tell_agent("forget", elements.trusted_keys(source, host))
+    _tell_agent("overlook", elements.source_keys(source, host))
     name = _source_text(source, host)
     audit.record("clear", name, by, [*had["trusted"], *had["banned"]], why=why)
     still = "" if had["blocked"] is None else _text(had["blocked"])
@@ -1305,6 +1308,75 @@ def _limit(value):
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= listing.MOST:
         raise SaltInvocationError(f"limit {value!r:.80}: expected a whole number from 1 to {listing.MOST}")
     return value
+
+
+def observed(service=None, role=None, network=None, limit=100):
+    """
+    Say who would have been refused on this host while it had ``enforce: false``. The agent keeps that, for 30 days
+    after it was last seen: of at most 50,000 sources and ports, those the longest that have logged in. Returns
+
+    - ``observing``: whether it does so now; ``since`` and ``until`` when it has
+    - ``services``: for each service the ``sources``, the ``times`` that they would have been refused, and how many of
+      them have ``logged in``
+    - ``rows``: ``address``; ``service``; ``times``: of blocked sources packets, of others connections; ``first`` and
+      ``last`` time; ``logged in``: the last login from there within 30 days, on any host; ``users`` who have logged in
+      from there within ``mailfw:trusted:period``, see ``mailfw:trusted:users``; for how long it is ``trusted`` now, on
+      that service. Those come first who have logged in, then those who have tried the most
+    - ``of``: how many rows there are, shown or not
+    - ``warnings``, such as about what was dropped for want of room
+
+    service, role, network
+        As for :py:func:`list`. Default: everything.
+
+    limit
+        How many rows at most, up to 3000. Default: 100.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.observed
+        salt mx1 mailfw.observed service=submission limit=20
+    """
+    host, now = _host_settings(), time.time()
+    wanted, most = _wanted(host, None, service, role, network, None), _limit(limit)
+    tally = observing.Tally()
+    levels = _kernel(lambda kernel: tally.look(kernel, now) if kernel.has(observing.SET) else {}, "the sets")
+    found = observing.seen(tally, wanted, familiar.Familiar(), people.known(), host)
+    return {
+        "observing": bool(levels),
+        "since": f"{overview.ago(tally.since, now)} ago" if tally.until else "never",
+        "until": f"{overview.ago(tally.until, now)} ago" if tally.until else "never",
+        "services": observing.by_service(found, host),
+        "rows": _kernel(lambda kernel: [_observed_row(one, host, kernel, now) for one in found[:most]], "the sets"),
+        "of": len(found),
+        "warnings": _not_observed(tally, levels, host),
+    }
+
+
+def _observed_row(one, host, kernel, now):
+    """Return a source that was observed, and for how long it is trusted on that port."""
+    address = elements.trusted_key(one.network.network_address, host)
+    found = kernel.element(f"trusted_{elements.family(address)}", netlink.key(address, one.port))
+    trusted = "" if found is None else _text(float("inf") if found.left is None else found.left)
+    return observing.said(one, trusted, now, host)
+
+
+def _not_observed(tally, levels, host):
+    """Return what keeps the answer from being all of it."""
+    said = []
+    if not levels:
+        said.append("this host does not observe now: it has no rules with mailfw:enforce false")
+    if tally.dropped:
+        said.append(
+            f"{tally.dropped} sources and ports were dropped for want of room, those that had not logged in first"
+        )
+    said += [
+        f"the set {name} is full until the agent empties it, within minutes: see mailfw:sizes:observed"
+        for name, count in levels.items()
+        if count >= host["sizes"]["observed"]
+    ]
+    return said
 
 
 def login(address, user=""):

@@ -439,6 +439,22 @@ def list_(kind=None, service=None, role=None, network=None, user=None, sort=None
     return {"data": _ask_all("mailfw.list", {**arguments, "limit": limit}), "outputter": "mailfw"}
 
 
+def observed(service=None, role=None, network=None, limit=None):
+    """
+    Say who would have been refused on each mail host that has ``enforce: false``, in a table. The parameters, and what
+    is said, are those of the function of that name in the execution module; ``limit`` is for each host.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-run mailfw.observed
+        salt-run mailfw.observed service=submission --out=json
+    """
+    arguments = {"service": service, "role": role, "network": network, "limit": limit}
+    return {"data": _ask_all("mailfw.observed", arguments), "outputter": "mailfw"}
+
+
 def trust(address, period=None, services=None, reason=""):
     """
     Trust an address or network on all mail hosts, and lift its bans: the parameters are those of the function of that

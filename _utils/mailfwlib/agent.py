@@ -14,6 +14,7 @@ request                             who may      what it does
 ``remember`` addresses ports        root         never shortens a trust that an operator has given, until when (Unix
 until note                                       time), and with which comment
 ``forget`` addresses                root         takes addresses for ones that never logged in
+``overlook`` addresses              root         takes sources for ones that were never observed
 ``revoke`` user                     root         ends what only that user's logins have earned, as JSON
 ``places`` user                     root         says where that user has logged in from, as JSON
 ``again`` since                     root         trusts again who has logged in since then (Unix time)
@@ -47,6 +48,7 @@ from mailfwlib.bans import Ban, Bans
 from mailfwlib.journal import DIRECTORY, Journal
 from mailfwlib.keeper import Keeper
 from mailfwlib.monitor import Monitor
+from mailfwlib.observed import Observer
 from mailfwlib.parse import Address
 from mailfwlib.people import DAY, People, is_renewed
 from mailfwlib.reports import Reports
@@ -126,6 +128,7 @@ class Agent:
         self.sessions = Sessions(lambda: self.settings, _still_logged_in)
         self.bans = Bans(self._banned)
         self.monitor = Monitor(lambda: self.settings, self.status, self.announcer.tell)
+        self.observer = Observer(lambda: self.settings, self.monitor.familiar)
         self._recall()
 
     def _recall(self) -> None:
@@ -181,6 +184,10 @@ class Agent:
         if verb == "forget" and root and len(arguments) == 1:
             for key in map(parse.address, arguments[0].split(",")):
                 self._forget(key)
+            return ""
+        if verb == "overlook" and root and len(arguments) == 1:
+            for key in map(parse.address, arguments[0].split(",")):
+                self.observer.tally.forget(key)
             return ""
         if verb == "revoke" and root and len(arguments) == 1:
             return self._revoke(arguments[0])
@@ -500,6 +507,7 @@ class Agent:
             **self.announcer.status(),
             **self.keeper.status(),
             **self.monitor.status(),
+            "observed": len(self.observer.tally),
         }
 
     def _complain(self, about: str, sentence: str) -> None:
@@ -653,6 +661,7 @@ def main() -> int:
 
     def wind_up() -> None:
         try:
+            agent.observer.stop()
             agent.monitor.stop()
             agent.bans.stop()
             agent.keeper.stop()
@@ -673,6 +682,7 @@ def main() -> int:
     agent.sessions.start()
     agent.bans.start()
     agent.monitor.start()
+    agent.observer.start()
     _notify("READY=1")
     log.info("mailfw-agent %s ready", __version__)
     server.serve(agent.now_and_then)

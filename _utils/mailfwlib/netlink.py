@@ -30,6 +30,7 @@ _SET_TABLE, _SET_NAME, _SET_FLAGS, _SET_DESCRIPTION, _SET_TIMEOUT, _SET_COUNT = 
 _SET_IS_TIMED, _DESCRIPTION_SIZE = 0x10, 1
 _ELEMENTS_TABLE, _ELEMENTS_SET, _ELEMENTS_LIST, _LIST_MEMBER = 1, 2, 3, 1
 _ELEMENT_KEY, _ELEMENT_DATA, _ELEMENT_TIMEOUT, _ELEMENT_EXPIRATION, _ELEMENT_USERDATA = 1, 2, 4, 5, 6
+_ELEMENT_EXPRESSION, _EXPRESSION_DATA = 7, 2
 _DATA_VALUE, _DATA_VERDICT, _VERDICT_CHAIN = 1, 2, 2
 _OBJECT_TABLE, _OBJECT_NAME, _OBJECT_TYPE, _OBJECT_DATA = 1, 2, 3, 4
 _COUNTER, _COUNTER_PACKETS = 1, 2
@@ -135,6 +136,15 @@ class Kernel:
                 element = _attributes(data)
                 # The key is an attribute that holds one other.
                 yield element[_ELEMENT_KEY][4:], _seconds(element.get(_ELEMENT_EXPIRATION))
+
+    def tallies(self, name: str) -> Iterator[tuple[bytes, Optional[float], int]]:
+        """Yield what :meth:`keys` does of a set whose elements count packets, and how many these are."""
+        for listed in self._elements(name):
+            for data in _each(listed):
+                element = _attributes(data)
+                counter = _attributes(_attributes(element.get(_ELEMENT_EXPRESSION, b"")).get(_EXPRESSION_DATA, b""))
+                packets = int.from_bytes(counter.get(_COUNTER_PACKETS, b""), "big")
+                yield element[_ELEMENT_KEY][4:], _seconds(element.get(_ELEMENT_EXPIRATION)), packets
 
     def elements(self, name: str) -> Iterator[SetElement]:
         """Yield the elements of a set of addresses, or of addresses and ports.

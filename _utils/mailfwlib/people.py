@@ -93,6 +93,15 @@ def is_renewed(who: Pair, before: float, at: float, period: float) -> bool:
     return (at + shift) // tenth > (before + shift) // tenth
 
 
+def known(directory: Path = DIRECTORY) -> dict[Pair, float]:
+    """Return who has logged in from where lately and when last (Unix time), as the agent keeps it on disk."""
+    return {who: at for who, at in _journal(directory).load().items() if at}
+
+
+def _journal(directory: Path) -> Journal[Pair]:
+    return Journal(directory / "users", 2 * MOST, pair, pair_text)
+
+
 class People:
     """The users that have logged in lately: a user's key -> the trusted address -> Unix time of the last login.
 
@@ -104,7 +113,7 @@ class People:
         self._users: dict[str, dict[Address, float]] = {}
         self._count = 0
         self._tidied = 0.0
-        self._journal = Journal(directory / "users", 2 * MOST, pair, pair_text)
+        self._journal = _journal(directory)
         self._revocations = Journal(directory / "revoked", MOST_REVOKED, parse.user_key)
         #: When an operator has ended what a user had earned: hash -> Unix time.
         self._revoked = self._revocations.load()

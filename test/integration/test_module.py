@@ -279,6 +279,46 @@ def test_longest_list_gets_through_the_master(fleet: Fleet, mx1: MailHost) -> No
     assert {row["by"] for row in said["rows"]} >= {note}
 
 
+def test_observed_says_who_would_be_refused(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
+    """A host that refuses has nothing to say, and says so."""
+    member, stranger = fleet.new_address(), fleet.new_address()
+    with fleet.pillar(mx1, enforce=False, protection={"type": "private"}):
+        fleet.apply(mx1)
+        mx1.agent.login(member, "alice")
+        for address, packets in ((member, 2), (stranger, 7)):
+            for port in (587, 993):
+                value = f"{{ {address} . {port} counter packets {packets} bytes 60 }}"
+                mx1.host.nft("add", "element", "inet", "mailfw", "observed_ipv4", value)
+        found = wait_for(
+            "the login is on disk",
+            lambda: (said := fleet.call(mx1, "mailfw.observed"))["services"]["imaps"]["logged in"] and said,
+        )
+        assert found["observing"] is True
+        assert found["services"]["submission"] == {"role": "postfix", "sources": 2, "times": 9, "logged in": 1}
+        assert [(row["address"], row["times"]) for row in found["rows"]] == [(member, 2)] * 2 + [(stranger, 7)] * 2
+        assert found["rows"][0]["logged in"].endswith("s ago")
+        assert found["rows"][2]["logged in"] is None
+        assert (found["of"], found["warnings"]) == (4, [])
+        some = fleet.call(mx1, "mailfw.observed", role="dovecot", network=stranger, limit=1)
+        assert [row["service"] for row in some["rows"]] == ["imaps"]
+
+        fleet.call(mx1, "mailfw.trust", member, services="submission", period="2h")
+        row = fleet.call(mx1, "mailfw.observed", service="submission", network=member)["rows"][0]
+        assert re.fullmatch(r"2h|1h59m\d+s", row["trusted"])
+
+        status, everywhere = fleet.salt_run("-t", "60", "mailfw.observed")
+        assert (status, everywhere["failed"], everywhere["no answer"]) == (0, {}, [])
+        assert everywhere["hosts"]["mx1"]["of"] == 4
+        assert (everywhere["hosts"]["mx2"]["rows"], everywhere["hosts"]["mx2"]["observing"]) == ([], False)
+        assert "does not observe now" in everywhere["hosts"]["mx2"]["warnings"][0]
+        shown = fleet.salt_run_shows("-t", "60", "mailfw.observed")[1]
+        assert shown.splitlines()[0].split()[:4] == ["host", "address", "service", "times"]
+        for address in (member, stranger):
+            fleet.call(mx1, "mailfw.clear", address)
+    # What was observed stays to be looked at; what was cleared does not.
+    assert fleet.call(mx1, "mailfw.observed")["observing"] is False
+
+
 def test_networks_are_taken_source_by_source(fleet: Fleet, mx1: MailHost) -> None:
     network, inside, outside = "192.0.2.64/26", "192.0.2.77", "192.0.2.128"
     for verb, undo in (("block", "unblock"), ("ban", "unban")):
@@ -463,6 +503,9 @@ def test_agent_status_says_how_the_agent_is(fleet: Fleet) -> None:
         (["list", None, None, None, None, None, "address", 3001], "limit 3001: expected a whole number from 1 to 3000"),
         (["list", None, None, None, None, None, "address", "all"], "limit 'all': expected a whole number"),
         (["list", None, None, None, None, None, "address", True], "limit True: expected a whole number"),
+        (["observed", "gopher"], "service 'gopher': expected one of this host's"),
+        (["observed", None, None, "192.0.2.1/24"], "network '192.0.2.1/24': has host bits set"),
+        (["observed", None, None, None, 0], "limit 0: expected a whole number from 1 to 3000"),
         (["login", "nonsense"], "address 'nonsense': expected an IPv4 or IPv6 address"),
         (["receive", "text"], "signed: expected a list of signed messages"),
         (["receive", [1]], "signed: expected a list of signed messages"),

@@ -20,7 +20,7 @@ REPORT_SECRET = KEY * 2
 #: This host's minion id, and the user that Dovecot's login hook runs as.
 HOST_ID, LOGIN_USER = "mx1.example", "nobody"
 #: What the agent keeps on disk of logins.
-KEPT = ("outbox", "ended", "users", "revoked", "familiar", "logins")
+KEPT = ("outbox", "ended", "users", "revoked", "familiar", "logins", "observed")
 #: The start that systemd gives a service with a socket: sd_listen_fds(3).
 _START = 'export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@" 3<&0 </dev/null'
 #: What a process of another user asks the agent.
