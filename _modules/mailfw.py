@@ -52,6 +52,7 @@ from mailfwlib import (
     people,
     rules,
     ruleset,
+    sessions,
     snapshot,
     sockets,
 )
@@ -69,7 +70,7 @@ __func_alias__ = {
     "overview_": "overview",
     "list_": "list",
 }
-__outputter__ = {"list_": "mailfw", "observed": "mailfw"}
+__outputter__ = {"list_": "mailfw", "observed": "mailfw", "seed": "mailfw"}
 
 SETTINGS = "/etc/mailfw/settings.json"
 TREE = "salt://mailfw"
@@ -1400,6 +1401,70 @@ def login(address, user=""):
         salt-call mailfw.login 192.0.2.1
     """
     return _ask_agent("login", str(_address(address)), str(user))
+
+
+def seed():
+    """
+    Trust who is logged in at this host's Dovecot now (``doveadm who``) for the period, and who has logged in within
+    ``mailfw:trusted:period`` for what is left of it: before a host enforces for the first time. Whom a login would not
+    make trusted, this does not (``mailfw:trusted:never``, ``mailfw:trusted:per_user``, the mode), and what an operator
+    has ended stays so. It can be repeated. What it returns:
+
+    - ``rows``: ``address``; ``because`` of which login; ``result``: ``trusted``, or why not. Those come first that are
+      not; at most 3000, ``of`` how many
+    - ``already``: how many were trusted as they are
+    - ``problems``, if there were any
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt mx1 mailfw.seed
+    """
+    host, now = _host_settings(), time.time()
+    clients, problems = _logged_in(host)
+    earlier = _earlier_logins(now - host["trusted"]["period"])
+    results = {}
+    for verb, logins in (("seed", sorted(clients, key=str)), ("believe", earlier.items())):
+        for address, why in _seed(verb, logins):
+            because = "is logged in" if verb == "seed" else f"logged in {overview.ago(earlier[address], now)} ago"
+            name = _trusted_text(address, host)
+            if results.get(name, ("", "x"))[1]:
+                results[name] = (because, why)
+    everybody = {_trusted_text(address, host) for address in [*earlier, *(one for one, _ in clients)]}
+    rows = [
+        {"address": name, "because": because, "result": why or "trusted"}
+        for name, (because, why) in sorted(results.items(), key=lambda item: not item[1][1])
+    ]
+    already = len(everybody - results.keys())
+    return {"rows": rows[: listing.MOST], "of": len(rows), "already": already, "problems": problems}
+
+
+def _logged_in(host):
+    """Return from where which users are logged in at Dovecot, and problems."""
+    if "dovecot" not in host["roles"]:
+        return set(), []
+    try:
+        return sessions.logged_in("doveadm"), []
+    except sessions.SessionsError as err:
+        return set(), [f"who is logged in is not known: {err}"]
+
+
+def _earlier_logins(since):
+    """Return the addresses from where logins have earned trust, here or on another host: address -> the last one."""
+    found = {}
+    for address, at in [*sessions.last_logins().items(), *((who[0], at) for who, at in people.known().items())]:
+        if at > since:
+            found[address] = max(at, found.get(address, 0.0))
+    return found
+
+
+def _seed(verb, logins):
+    """Tell the agent of logins, a few at a time, so that others come in between; yield address and what came of it."""
+    texts = [str(text) for login in logins for text in login]
+    for first in range(0, len(texts), 2 * sessions.AT_ONCE):
+        for address, why in json.loads(_ask_agent(verb, *texts[first : first + 2 * sessions.AT_ONCE])):
+            yield parse.address(address), why
 
 
 def receive(signed):

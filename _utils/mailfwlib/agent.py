@@ -19,6 +19,8 @@ until note                                       time), and with which comment
 ``places`` user                     root         says where that user has logged in from, as JSON
 ``again`` since                     root         trusts again who has logged in since then (Unix time)
 ``renew`` address user...           root         renews the trust of addresses where users are still logged in
+``seed`` address user...            root         trusts addresses where users are logged in, as their logins would
+``believe`` address time...         root         trusts addresses of logins at some time (Unix time), as these did
 ``status``                          root         reports as JSON
 ==================================  ===========  =====================================================
 """
@@ -38,7 +40,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -74,6 +76,8 @@ MOST_REVOKED = 500
 MOST_ROAMING = 10_000
 #: The same complaint is logged once in this many seconds.
 QUIET = 60.0
+
+_NOT_ADMITTED = "no mailfw:trusted network admits it, and the mode is private"
 
 log = logging.getLogger("mailfw-agent")
 
@@ -198,6 +202,10 @@ class Agent:
             return ""
         if verb == "renew" and root and len(arguments) % 2 == 0:
             return str(self._renew(zip(arguments[::2], arguments[1::2])))
+        if verb == "seed" and root and len(arguments) % 2 == 0:
+            return json.dumps(list(self._seed(zip(arguments[::2], arguments[1::2]))))
+        if verb == "believe" and root and len(arguments) % 2 == 0:
+            return json.dumps(list(self._seed_earlier(zip(arguments[::2], map(float, arguments[1::2])))))
         if verb == "status" and root and not arguments:
             return json.dumps(self.status())
         self._complain(f"request {uid}", f"uid {uid} asked for {verb!r:.40}, which is not for it or not known")
@@ -226,7 +234,7 @@ class Agent:
         until = now + self.settings["trusted"]["period"]
         endings = {} if reason else self._endings(address, until)
         if not endings:
-            return reason or "no mailfw:trusted network admits it, and the mode is private"
+            return reason or _NOT_ADMITTED
         key, who = elements.trusted_key(address, self.settings), self.people.key(user)
         if who and self._is_too_much(user, who, key, now):
             return "mailfw:trusted:per_user: this user has enough addresses for today"
@@ -259,6 +267,32 @@ class Agent:
                     renewed += not self._earn(address, user, now, "session")
         self.counts["renewed"] += renewed
         return renewed
+
+    def _seed(self, logged_in: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+        """Trust addresses where users are logged in now. Yield those that this was news for, and why not, if not."""
+        for text, user in logged_in:
+            address, now = parse.address(text), time.time()
+            key = elements.trusted_key(address, self.settings)
+            if key in self._ended and self._earned.get(key, 0.0) <= now:
+                yield text, "an operator has ended its trust, and nobody has logged in since"
+            elif self._is_news(key, self.people.key(user), now):
+                try:
+                    reason = self._earn(address, user, now, "seed")
+                except RefusedError as err:
+                    reason = str(err)
+                if not reason:
+                    self._last_logins.note(key, now)
+                yield text, reason
+
+    def _seed_earlier(self, logins: Iterable[tuple[str, float]]) -> Iterator[tuple[str, str]]:
+        """Trust addresses of earlier logins for what is left of a period. Yield the same."""
+        for text, at in logins:
+            address = parse.address(text)
+            reason = elements.never_trusted(address, self.settings) or sockets.own_address(address)
+            if reason or not self._endings(address, at + self.settings["trusted"]["period"]):
+                yield text, reason or _NOT_ADMITTED
+            elif self._believe(address, at, "seed"):
+                yield text, ""
 
     def _record_trust(self, address: Address, ports: list[int], until: float, by: str) -> None:
         """Put a trust that is new, or has lost a tenth of its period, into the journal."""
@@ -465,7 +499,7 @@ class Agent:
         admitted = self.people.admitted(users)
         if len(admitted) < len(users):
             at = max(admitted.values(), default=0.0)
-        news = self._believe(address, at)
+        news = self._believe(address, at, "fleet")
         key = elements.trusted_key(address, self.settings)
         if self._earned.get(key, 0.0) > time.time() and self.people.keeps():
             for who, last in admitted.items():
@@ -473,8 +507,8 @@ class Agent:
                     self.people.note(who, key, last)
         return news
 
-    def _believe(self, address: Address, at: float) -> bool:
-        """Trust an address that logged in on another host; return whether that was news. The later login counts."""
+    def _believe(self, address: Address, at: float, by: str) -> bool:
+        """Trust an address that has logged in at some time; return whether that was news. The later login counts."""
         until = at + self.settings["trusted"]["period"]
         key = elements.trusted_key(address, self.settings)
         known = self._earned.get(key, 0.0)
@@ -491,7 +525,7 @@ class Agent:
         except RefusedError:
             return False
         if until - known >= self.settings["trusted"]["period"] / 10:
-            self._record_trust(address, list(endings), until, "fleet")
+            self._record_trust(address, list(endings), until, by)
         return True
 
     def status(self) -> dict[str, Any]:

@@ -319,6 +319,28 @@ def test_observed_says_who_would_be_refused(fleet: Fleet, mx1: MailHost, mx2: Ma
     assert fleet.call(mx1, "mailfw.observed")["observing"] is False
 
 
+def test_seed_trusts_who_has_logged_in_lately(fleet: Fleet, mx1: MailHost) -> None:
+    """These hosts have no Dovecot to ask who is logged in: that is said, and the rest is done."""
+    member, gone = fleet.new_address(), fleet.new_address()
+    mx1.agent.login(member, "alice")
+    mx1.agent.login(gone, "alice")
+    fleet.call(mx1, "mailfw.untrust", gone)
+    mx1.agent.stop()
+    mx1.host.nft("flush", "set", "inet", "mailfw", "trusted_ipv4")
+    mx1.agent.start()
+    assert not mx1.trusts(member)
+    done = fleet.call(mx1, "mailfw.seed")
+    assert mx1.trusts(member)
+    assert not mx1.trusts(gone)
+    assert {row["result"] for row in done["rows"] if row["address"] == member} == {"trusted"}
+    assert all(row["because"].startswith("logged in ") for row in done["rows"])
+    assert gone not in str(done["rows"])
+    assert "who is logged in is not known: doveadm who: No such file" in done["problems"][0]
+    again = fleet.call(mx1, "mailfw.seed")
+    assert [row for row in again["rows"] if row["result"] == "trusted"] == []
+    assert again["already"] >= 1
+
+
 def test_networks_are_taken_source_by_source(fleet: Fleet, mx1: MailHost) -> None:
     network, inside, outside = "192.0.2.64/26", "192.0.2.77", "192.0.2.128"
     for verb, undo in (("block", "unblock"), ("ban", "unban")):

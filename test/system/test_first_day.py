@@ -1,0 +1,58 @@
+"""The first day: a host observes, says who would have been refused, and trusts who is logged in before it enforces."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+
+from support import lab
+from support.lab import ADDRESSES, Ongoing
+
+from .conftest import ENVIRONMENTS, HOSTS
+
+TOWN, BOT = "198.19.0.10", "198.18.0.66"
+
+
+def apply(enforce: bool, never: list[str]) -> None:
+    for host in HOSTS:
+        lab.set_pillar(
+            ENVIRONMENTS[host],
+            protection={"type": "protected"},
+            enforce=enforce,
+            reaction={"untrusted": "reject"},
+            trusted={"never": never},
+        )
+    lab.all_states(HOSTS, "state.apply", "mailfw")
+
+
+def submission(client: str) -> list[str]:
+    return lab.client(client, "probe", targets=[[ADDRESSES[host][0], 587] for host in HOSTS])
+
+
+@pytest.fixture(autouse=True)
+def _enforcing_again(fleet):
+    yield
+    apply(True, [])
+
+
+def test_observe_then_seed_then_enforce(fleet):
+    """Town's sessions are as if they were older than mailfw: their logins have earned nothing."""
+    apply(False, [f"{TOWN}/32"])
+    with ExitStack() as sessions:
+        for host in HOSTS:
+            sessions.enter_context(Ongoing("town", "hold_session", address=ADDRESSES[host][0]))
+        assert submission("town") + submission("bot") == ["open"] * 4
+        for host in HOSTS:
+            rows = lab.salt(host, "mailfw.observed", "service=submission")[host]["rows"]
+            assert {TOWN, BOT} <= {row["address"] for row in rows}
+            refused = lab.salt(host, "mailfw.seed")[host]
+            assert {row["address"]: row["result"] for row in refused["rows"]}[TOWN] == "is in mailfw:trusted:never"
+        apply(False, [])
+        for host in HOSTS:
+            seeded = lab.salt(host, "mailfw.seed")[host]
+            again = lab.salt(host, "mailfw.seed")[host]
+            assert (seeded["problems"], again["problems"], again["rows"]) == ([], [], [])
+        apply(True, [])
+        assert submission("town") == ["open"] * 2
+        assert submission("bot") == ["refused"] * 2
