@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import IO, Any, cast
 
 from mailfwlib import messages, parse
 from mailfwlib.journal import DIRECTORY, Journal
@@ -29,6 +29,8 @@ PROTOCOLS = {"imap", "pop3", "sieve", "managesieve", "submission"}
 SHORTEST_PAUSE, LONGEST_PAUSE = 2.0, 300.0
 #: doveadm gets so many seconds, and so many bytes are read of what it says: more than a hundred thousand sessions.
 TIMEOUT, LONGEST = 30.0, 16 << 20
+#: Bytes that are read at a time.
+PIECE = 1 << 16
 #: Sessions whose renewal is one request to the agent: it keeps a login waiting for some milliseconds.
 AT_ONCE = 10
 #: Addresses whose last login is remembered, and the seconds within which another login is not worth a note.
@@ -132,7 +134,7 @@ def logged_in(tool: str) -> set[tuple[Address, str]]:
         raise SessionsError(f"{tool} who: says what is no list of sessions") from err
 
 
-def _said(command: list[str]) -> bytes:
+def _said(command: list[str]) -> bytearray:
     """Return what a command says, within the bounds of time and size. Raises SessionsError."""
     about = f"{command[0]} who"
     try:
@@ -142,8 +144,11 @@ def _said(command: list[str]) -> bytes:
     late = threading.Timer(TIMEOUT, process.kill)
     late.start()
     with process:
-        said = process.stdout.read(LONGEST) if process.stdout else b""
-        if len(said) == LONGEST:
+        # read() would take memory for LONGEST at once, and C's library then keep as much for itself ever after.
+        said = bytearray()
+        while len(said) < LONGEST and (more := cast(IO[bytes], process.stdout).read(PIECE)):
+            said += more
+        if len(said) >= LONGEST:
             process.kill()
             raise SessionsError(f"{about}: says more than {LONGEST} bytes")
         status = process.wait()
