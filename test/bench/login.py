@@ -14,7 +14,8 @@ client
     after a login: no script, one that only starts the session, mailfw's hook, one that runs ``salt-call event.send``.
 fleet
     From the moment a login is reported to the first host's agent to the element in the second host's kernel, which
-    tells of it. Reported as the hook does it, at random moments, ``--rates`` a second.
+    tells of it. Reported as the hook does it, at random moments, ``--rates`` a second, and one after a quiet minute;
+    with how far the master is until then.
 
 All take turns: in each round each number of trusted elements, and with each of those every kind of login, in a random
 order. "More" and ratios are of the medians of one round and number of elements; shown is the median of all rounds, and
@@ -27,8 +28,10 @@ import argparse
 import contextlib
 import itertools
 import json
+import logging
 import os
 import random
+import re
 import signal
 import statistics
 import sys
@@ -61,11 +64,14 @@ RATE, PROCESSOR, MESSAGES = "acknowledgements a second", "agent's processor time
 SALT_CALLS, NEW_ADDRESSES = 2, 6
 #: Seconds until what a start of the agent sets off has ended, and what a message to the fleet does after its echo.
 SETTLED, ECHOED = 5.0, 0.3
+#: A pace: one login after so many seconds without, in which the master's reactor has forgotten its runners.
+LONE, QUIET = "after a quiet minute", 65.0
+ADDRESS = re.compile(r'"([0-9.]+)\\"')
 #: What the master tells of a login on its way: event's tag and function -> what it means.
 STAGES = {
-    ("mailfw/login", None): "the master has the event",
-    ("salt/run/*/new", "runner.mailfw.announce"): "the runner starts",
-    ("salt/job/*/new", "mailfw.receive"): "the job is published",
+    ("mailfw/login", None): "event on the master",
+    ("salt/run/*/new", "runner.mailfw.announce"): "runner starts",
+    ("salt/job/*/new", "mailfw.receive"): "job published",
 }
 
 
@@ -171,15 +177,24 @@ def client_logins(subject: Subject, asked: argparse.Namespace) -> Iterator[tuple
     yield from found.items()
 
 
-def spread(subject: Subject, rate: float, asked: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
+def paces(asked: argparse.Namespace) -> dict[str, list[float]]:
+    """Return when logins are reported, in seconds after the start: name of a pace -> moments."""
+    found = {
+        f"{rate:g} a second": [(number + random.random()) / rate for number in range(round(rate * asked.seconds))]
+        for rate in sorted(asked.rates)
+    }
+    return {**({LONE: [QUIET]} if asked.lone else {}), **found}
+
+
+def spread(subject: Subject, pace: str, moments: list[float]) -> Iterator[tuple[str, list[float]]]:
     """Yield what it takes until the second host trusts addresses that log in at the first, and how many messages."""
     subject.wait_for_echo()
     messages, arrivals = subject.mx1.agent.status()["received"], Arrivals(subject.mx2.host)
-    moment, began = time.time(), time.monotonic()
+    start, began = time.time(), time.monotonic()
     reported: dict[str, float] = {}
     try:
-        for number in range(round(rate * asked.seconds)):
-            time.sleep(max(0.0, began + (number + random.random()) / rate - time.monotonic()))
+        for moment in moments:
+            time.sleep(max(0.0, began + moment - time.monotonic()))
             address = subject.stranger()
             reported[address] = time.monotonic()
             subject.report([address])
@@ -187,23 +202,23 @@ def spread(subject: Subject, rate: float, asked: argparse.Namespace) -> Iterator
     finally:
         arrivals.close()
     subject.wait_for_echo()
-    yield f"{rate:g} a second", [arrivals.at[address] - at for address, at in reported.items()]
-    yield f"{MESSAGES}{rate:g} a second", [subject.mx1.agent.status()["received"] - messages]
-    if rate == min(asked.rates):
-        yield from stages(subject.fleet, {address: moment + at - began for address, at in reported.items()}, moment)
+    yield pace, [arrivals.at[address] - at for address, at in reported.items()]
+    yield MESSAGES + pace, [subject.mx1.agent.status()["received"] - messages]
+    for stage, seconds in stages(subject.fleet, {address: start + at - began for address, at in reported.items()}):
+        yield f"{stage}, {pace}", seconds
 
 
-def stages(fleet: Fleet, logins: dict[str, float], moment: float) -> Iterator[tuple[str, list[float]]]:
+def stages(fleet: Fleet, logins: dict[str, float]) -> Iterator[tuple[str, list[float]]]:
     """Yield when the master came to each stage of logins' messages: address -> Unix time of the login."""
     patterns = {("master", pattern) for pattern, _ in STAGES}
-    events = sorted(fleet.events.get_events(patterns, after_time=moment), key=lambda event: event.stamp)
+    events = fleet.events.get_events(patterns, after_time=min(logins.values()))
     for (pattern, function), stage in STAGES.items():
-        texts = [
-            (event.stamp.timestamp(), json.dumps(event.data))
-            for event in events
-            if fnmatch(event.tag, pattern) and event.data.get("fun") == function
-        ]
-        yield stage, [next(when for when, text in texts if f'"{who}\\"' in text) - at for who, at in logins.items()]
+        first: dict[str, float] = {}
+        for event in sorted(events, key=lambda event: event.stamp):
+            if fnmatch(event.tag, pattern) and event.data.get("fun") == function:
+                for address in ADDRESS.findall(json.dumps(event.data)):
+                    first.setdefault(address, event.stamp.timestamp())
+        yield stage, [first[address] - at for address, at in logins.items()]
 
 
 def measured(subject: Subject, asked: argparse.Namespace) -> Iterator[Figure]:
@@ -219,9 +234,9 @@ def measured(subject: Subject, asked: argparse.Namespace) -> Iterator[Figure]:
         if "fleet" not in asked.part:
             continue
         subject.trust(0)
-        for rate in random.sample(asked.rates, len(asked.rates)):
-            say(f"round {done + 1} of {asked.rounds}: {rate:g} logins a second")
-            yield from (Figure("fleet", kind, 0, seconds) for kind, seconds in spread(subject, rate, asked))
+        for pace, moments in random.sample([*paces(asked).items()], len(paces(asked))):
+            say(f"round {done + 1} of {asked.rounds}: {pace}")
+            yield from (Figure("fleet", kind, 0, values) for kind, values in spread(subject, pace, moments))
     say("done\n")
 
 
@@ -297,23 +312,20 @@ def report_clients(figures: list[Figure], asked: argparse.Namespace) -> None:
 def report_fleet(figures: list[Figure], asked: argparse.Namespace) -> None:
     """Print the tables of what other hosts hear."""
     found = {kind: of_count[0] for kind, of_count in gathered(figures, "fleet").items()}
-    rows = {}
-    for rate in sorted(asked.rates):
-        kind = f"{rate:g} a second"
-        rows[kind] = [
-            milliseconds(found[kind]),
-            str(sum(map(len, found[kind]))),
-            f"{sum(map(sum, found[MESSAGES + kind])):g}",
+    rows = {
+        pace: [
+            milliseconds(found[pace]),
+            *(
+                f"{statistics.median(itertools.chain(*found[f'{stage}, {pace}'])) * 1000:.2f}"
+                for stage in STAGES.values()
+            ),
+            str(sum(map(len, found[pace]))),
+            f"{sum(map(sum, found[MESSAGES + pace])):g}",
         ]
-    print(table("trusted on the other host", ["ms: p50, p99", "logins", "messages"], rows))
-    slowest = min(asked.rates)
-    print(
-        table(
-            f"at {slowest:g} a second",
-            ["ms: p50, p99"],
-            {stage: [milliseconds(found[stage])] for stage in STAGES.values()},
-        )
-    )
+        for pace in paces(asked)
+    }
+    columns = ["ms: p50, p99", *(f"{stage}: p50" for stage in STAGES.values()), "logins", "messages"]
+    print(table("trusted on the other host", columns, rows))
 
 
 REPORTS = {"acknowledgement": report_acknowledgements, "client": report_clients, "fleet": report_fleet}
@@ -332,6 +344,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--at-once", type=float, default=2, help="seconds of that in a round (2)")
     parser.add_argument("--logins", type=int, default=40, help="over IMAP, of each kind in a round (40)")
     parser.add_argument("--rates", type=float, nargs="+", default=[1, 10, 100], help="logins a second (1 10 100)")
+    parser.add_argument(
+        "--no-lone", dest="lone", action="store_false", help="no login after a minute without, which takes a minute"
+    )
     parser.add_argument("--seconds", type=float, default=20, help="at each rate in a round (20)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     return parser.parse_args()
@@ -356,6 +371,9 @@ def main() -> None:
     asked = options()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
+    logging.basicConfig(level=logging.ERROR)
+    # pytest-salt-factories would set it: each of a minion's jobs would compile the product's modules anew.
+    os.environ["PYTHONDONTWRITEBYTECODE"] = ""
     print(json.dumps({"machine": machine()}), flush=True)
     with subject() as measured_one:
         figures = list(measured(measured_one, asked))
