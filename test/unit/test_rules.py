@@ -357,7 +357,13 @@ def test_open_connections_pass_unless_their_source_is_blocked(root, blocked):
         wanted.append(f"{saddr} @blocked_{family} return")
         wanted += [f"{saddr} @blocked_networks_{family} return"] * (family in blocked)
     statements = rendered.statements("open")
-    assert statements == [*wanted, "ct mark & 0x03000000 != 0 jump marked", "socket wildcard 1 return", "accept"]
+    assert statements == [
+        *wanted,
+        "ct mark & 0x02000000 != 0 ct mark set ct mark & 0xfcffffff",
+        "ct mark & 0x01000000 != 0 tcp window 0 tcp flags & rst == 0 counter name unanswerable drop",
+        "socket wildcard 1 return",
+        "accept",
+    ]
     for family in ("ipv4", "ipv6"):
         (shortest,) = (line for line in rendered.statements("input") if f"meta nfproto {family} " in line)
         assert (f" != @blocked_networks_{family} " in shortest) == (family in blocked)
@@ -371,17 +377,18 @@ def test_hooks_are_in_order(root):
         "type filter hook input priority filter - 10; policy accept;",
         f"meta nfproto ipv6 {settled} @th,104,8 & 0x06 == 0x00 ip6 saddr != @blocked_ipv6 accept",
         f"meta nfproto ipv4 {settled} @th,104,8 & 0x06 == 0x00 ip saddr != @blocked_ipv4 accept",
-        "ct state established tcp flags & (fin | syn | rst | ack) != syn jump open",
+        "ct state established @th,104,8 & 0x17 != 0x02 jump open",
         'iif "lo" accept',
-        "meta l4proto @break_glass counter name break_glass accept",
+        "meta l4proto @break_glass counter name break_glass goto settled",
         "tcp dport vmap @services",
     ]
     assert rendered.statements("output") == [
         "type filter hook output priority filter - 10; policy accept;",
         f"{settled} @th,104,8 & 0x07 == 0x00 accept",
         "ct state established ct mark & 0x00000014 == 0 @th,104,8 & 0x02 == 0x00 accept",
+        f"{settled} goto ended",
+        "ct mark & 0x00000004 != 0 @th,104,8 & 0x06 == 0x02 accept",
         'oif "lo" accept',
-        "meta l4proto @break_glass accept",
         "tcp sport vmap @counting",
     ]
 
@@ -407,34 +414,44 @@ def test_a_connection_is_settled_after_the_meter(root):
         chain = f"{role}_autoban"
         counting = rendered.statements(f"{chain}_count")
         assert counting[0] == "jump answering"
-        assert counting[-5:] == [
+        assert counting[-6:] == [
             f"update @rate_{role}_ipv4 {{ ip daddr limit rate 10/minute burst 20 packets }} goto settled",
             f"update @rate_{role}_ipv6 {{ ip6 daddr limit rate 10/minute burst 20 packets }} goto settled",
+            "jump pardoned",
             f"ip daddr != @rate_{role}_ipv4 goto {chain}_crowded",
             f"ip6 daddr != @rate_{role}_ipv6 goto {chain}_crowded",
             f"goto {chain}_ban",
         ]
-        assert all(line.startswith("update @network_rate_") for line in counting[1:-5])
+        assert all(line.startswith("update @network_rate_") for line in counting[1:-6])
 
 
-def test_who_is_not_counted(root):
-    """Earned trust, trusted networks and exempt ones, in both families."""
+def test_who_is_not_counted_and_who_is_pardoned(root):
+    """Exempt networks are not; earned trust, trusted networks and break-glass forgive what was; in both families."""
     networks = {"networks_ipv4": ["192.0.2.0/24"], "networks_ipv6": ["2001:db8::/48"]}
-    pillar = {"trusted": {"ipv6_prefix": 128, **networks}, "exempt": networks}
+    pillar = {"trusted": {"ipv6_prefix": 128, **networks}, "exempt": networks, "autoban": {"networks": {}}}
     rendered = Rules(settings.resolve(pillar), root)
-    (chain,) = (name for name in rendered.objects["chain"] if "counter name counted" in rendered.statements(name))
-    statements = rendered.statements(chain)
     families = [("ip daddr", "ipv4"), ("ip6 daddr", "ipv6")]
-    assert sorted(line for line in statements if line.endswith("goto settled")) == sorted(
-        line
-        for daddr, family in families
-        for line in (
-            f"{daddr} . tcp sport @trusted_{family} goto settled",
-            f"{daddr} @trusted_networks_{family} goto settled",
-            f"{daddr} @exempt_networks_{family} counter name exempted goto settled",
-        )
-    )
-    assert statements[-1] == "counter name counted"
+    answered = rendered.statements("answered")
+    assert [line for line in answered if line.endswith("goto settled")] == [
+        f"{daddr} @exempt_networks_{family} counter name exempted goto settled" for daddr, family in families
+    ]
+    assert answered[-1] == "counter name counted"
+    assert rendered.statements("pardoned") == [
+        "meta l4proto @break_glass goto settled",
+        *(
+            line
+            for daddr, family in families
+            for line in (
+                f"{daddr} . tcp sport @trusted_{family} goto settled",
+                f"{daddr} @trusted_networks_{family} goto settled",
+            )
+        ),
+    ]
+    for role in settings.ROLES:
+        counting = rendered.statements(f"{role}_autoban_count")
+        refusing = [line for line in counting if line.endswith(("_crowded", "_ban"))]
+        assert counting.index("jump pardoned") < min(map(counting.index, refusing))
+        assert rendered.statements(f"{role}_autoban_ban_network")[0] == "jump pardoned"
 
 
 @pytest.mark.parametrize(
