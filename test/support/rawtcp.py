@@ -35,10 +35,18 @@ class Server:
     """A server on one port of the host: ``greeting`` is sent first; then each line gets an answer.
 
     ``big 5000`` is answered with 5000 bytes, ``bye`` with the end of the connection, and anything else with OK.
+    ``addresses``: what it listens on, one of each family.
     """
 
-    def __init__(self, host: Host, port: int, greeting: bytes = b"", fast_open: bool = False):
-        self.port, self._greeting, self._fast_open = port, greeting, fast_open
+    def __init__(
+        self,
+        host: Host,
+        port: int,
+        greeting: bytes = b"",
+        fast_open: bool = False,
+        addresses: tuple[str, str] = ("0.0.0.0", "::"),
+    ):
+        self.port, self._greeting, self._fast_open, self._addresses = port, greeting, fast_open, addresses
         #: What each client has said: its address and port -> lines.
         self.lines: dict[tuple[str, int], list[bytes]] = {}
         self._ready = threading.Event()
@@ -47,7 +55,7 @@ class Server:
 
     async def _serve(self) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
-        for kind, address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+        for kind, address in zip((socket.AF_INET, socket.AF_INET6), self._addresses):
             listener = socket.socket(kind, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # then asyncio sets TCP_NODELAY
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if kind == socket.AF_INET6:
