@@ -191,21 +191,32 @@ def apply_(files=None, test=False):
 
 def _end_blocked(host):
     """End the open sessions of the pillar's blocked networks; the rules would wait for their next packet."""
-    for family in schema.FAMILIES:
-        for network in host["blocked"][f"networks_{family}"]:
-            _end_sessions(parse.network(network), schema.login_ports(host), host)
+    blocked = [network for family in schema.FAMILIES for network in host["blocked"][f"networks_{family}"]]
+    if blocked:
+        _end_sessions([parse.network(network) for network in blocked], schema.login_ports(host), host)
 
 
-def _end_sessions(network, ports, host):
-    """End a network's open sessions on some ports, but for trusted networks'; return how many there were."""
+def _end_sessions(networks, ports, host):
+    """End some networks' open sessions on some ports, but for trusted networks'; return how many there were."""
     if not host["enforce"]:
         return 0
-    spared = host["trusted"][f"networks_ipv{network.version}"]
+    ended = 0
     try:
-        return sockets.end(network, ports, spared)
-    except sockets.SocketsError as err:
-        log.warning("mailfw: sessions of %s are not ended at once: %s", network, err)
-        return 0
+        direct = {address for address, _, _ in sockets.connections(ports)}
+        for network in networks:
+            ended += sockets.end(network, ports, host["trusted"][f"networks_ipv{network.version}"])
+        # Those whose connection is a proxy's. Dovecot cannot be asked to end some of its services only.
+        if "dovecot" in host["roles"] and _ports_of("dovecot", host) <= set(ports):
+            spared = [parse.network(one) for family in schema.FAMILIES for one in host["trusted"][f"networks_{family}"]]
+            ended += sum(address not in direct for address in kick.end_sessions_from(networks, spared))
+    except (sockets.SocketsError, kick.KickError) as err:
+        log.warning("mailfw: sessions of %s are not ended at once: %s", ", ".join(map(str, networks)), err)
+    return ended
+
+
+def _ports_of(role, host):
+    """Return the login ports of a role."""
+    return {one["port"] for one in host["services"] if one["login"] and one["role"] == role}
 
 
 def _replace(path, text, mode, test, owner="root"):
@@ -481,7 +492,8 @@ def trust(address, period=None, services=None, reason="", **kwargs):
 def untrust(address, services=None, reason="", **kwargs):
     """
     End the trust of an address or a network on this host, whether a login earned it or an operator gave it, and its
-    open sessions on these services, at once. Trusted networks of the pillar stay.
+    open sessions on these services, at once; where they are all of Dovecot's, those behind a proxy, too. Trusted
+    networks of the pillar stay.
 
     In a fleet, a login or an open session on another mail host has the address trusted again, here as well (the answer
     says so as ``only_here``): ``salt-run mailfw.untrust`` ends both on all of them.
@@ -506,7 +518,7 @@ def untrust(address, services=None, reason="", **kwargs):
     had = sorted(set(ports) & _remaining(source, host)["trusted"].keys())
     _run(elements.untrust(source, ports, host))
     _tell_agent("forget", elements.trusted_keys(source, host))
-    ended = _end_sessions(elements.trusted_network(source, host), ports, host)
+    ended = _end_sessions([elements.trusted_network(source, host)], ports, host)
     name = _trusted_text(source, host)
     if had or ended:
         audit.record("untrust", name, by, had, why=why)
@@ -560,7 +572,7 @@ def _end_user(user, addresses, host):
             ended += kick.end_sessions(user)
         except kick.KickError as err:
             problems.append(f"the user's sessions: {err}")
-    ports = [one["port"] for one in host["services"] if one["login"] and one["role"] == "postfix"]
+    ports = _ports_of("postfix", host)
     keys = set(map(parse.address, addresses))
     try:
         open_ = {source for source, _, _ in sockets.connections(ports)} if keys else set()
@@ -644,7 +656,8 @@ def _sets(*beginnings):
 def block(address, period=None, reason="", **kwargs):
     """
     Block a source or a network from every login port of this host, whatever else it is, and end its sessions at once,
-    idle ones too. Only ``unblock`` lifts it; a trusted network of the pillar is never blocked.
+    idle ones too, and those that Dovecot has behind a proxy. Only ``unblock`` lifts it; a trusted network of the pillar
+    is never blocked.
 
     address
         The address or network.
@@ -667,7 +680,7 @@ def block(address, period=None, reason="", **kwargs):
     seconds = None if period is None else _period(period)
     was = _remaining(source, host)["blocked"]
     _run(elements.block(source, seconds, host, audit.note(by, why)))
-    ended = _end_sessions(elements.source_network(source, host), schema.login_ports(host), host)
+    ended = _end_sessions([elements.source_network(source, host)], schema.login_ports(host), host)
     name = _source_text(source, host)
     until = time.time() + seconds if seconds else float("inf")
     audit.record("block", name, by, until=until, why=why)
@@ -1445,7 +1458,7 @@ def _logged_in(host):
     if "dovecot" not in host["roles"]:
         return set(), []
     try:
-        return sessions.logged_in("doveadm"), []
+        return set(sessions.logged_in("doveadm")), []
     except sessions.SessionsError as err:
         return set(), [f"who is logged in is not known: {err}"]
 

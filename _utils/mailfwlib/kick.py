@@ -1,4 +1,4 @@
-"""Ending a user's open sessions with Dovecot, through its ``doveadm``."""
+"""Ending the open sessions of a user, or from some networks, with Dovecot, through its ``doveadm``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import ipaddress
 import shutil
 import socket
 import subprocess
+from collections.abc import Iterable
+
+from mailfwlib import sessions
+from mailfwlib.parse import Address, Network
 
 #: Seconds that doveadm may take for each of its two answers.
 TIMEOUT = 20
@@ -32,6 +36,31 @@ def end_sessions(user: str) -> int:
     for name in dict.fromkeys(session.partition("\t")[0] for session in sessions):
         _run(tool, "kick", "--", name)
     return len(sessions)
+
+
+def end_sessions_from(networks: Iterable[Network], spared: Iterable[Network]) -> list[Address]:
+    """End the sessions of clients in some networks, but for those in others.
+
+    The addresses are those that Dovecot knows: behind a proxy the client's, where the connection is the proxy's.
+
+    Returns the address of each session that there was; none on a host without doveadm. Raises KickError.
+    """
+    tool = shutil.which("doveadm")
+    if tool is None:
+        return []
+    networks, spared = list(networks), list(spared)
+    try:
+        everybody = [address for address, _ in sessions.logged_in(tool)]
+    except sessions.SessionsError as err:
+        raise KickError(str(err)) from err
+    found = [one for one in everybody if _is_in(one, networks) and not _is_in(one, spared)]
+    for address in dict.fromkeys(found):
+        _run(tool, "kick", "--", str(address))
+    return found
+
+
+def _is_in(address: Address, networks: list[Network]) -> bool:
+    return any(address in network for network in networks)
 
 
 def _is_an_address(user: str) -> bool:

@@ -109,7 +109,7 @@ class Sessions:
         if "dovecot" not in self._settings()["roles"] or not shutil.which(self._tool):
             return
         try:
-            found = sorted((str(address), user) for address, user in logged_in(self._tool))
+            found = sorted({(str(address), user) for address, user in logged_in(self._tool)})
         except SessionsError:
             self._failures += 1
             if self._failures > 1:
@@ -125,11 +125,11 @@ def pause(settings: Settings) -> float:
     return float(min(LONGEST_PAUSE, max(SHORTEST_PAUSE, settings["trusted"]["period"] / 10)))
 
 
-def logged_in(tool: str) -> set[tuple[Address, str]]:
-    """Return from where which users are logged in at this host's Dovecot. Raises SessionsError."""
+def logged_in(tool: str) -> list[tuple[Address, str]]:
+    """Return address and user of each session that this host's Dovecot has. Raises SessionsError."""
     said = _said([tool, "-f", "json", "who", "-1"])
     try:
-        return set(clients(json.loads(said.decode("utf-8", "replace"), strict=False)))
+        return list(clients(json.loads(said.decode("utf-8", "replace"), strict=False)))
     except (ValueError, TypeError, AttributeError, RecursionError) as err:
         raise SessionsError(f"{tool} who: says what is no list of sessions") from err
 

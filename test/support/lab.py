@@ -114,8 +114,8 @@ class Ongoing:
 class Session(Ongoing):
     """An IMAP session that a client holds from here until :meth:`answers` asks whether it still works."""
 
-    def __init__(self, name: str, address: str, user: str = "alice"):
-        super().__init__(name, "hold_session", address=address, user=user)
+    def __init__(self, name: str, address: str, user: str = "alice", port: int = 143):
+        super().__init__(name, "hold_session", address=address, user=user, port=port)
 
     def answers(self) -> bool:
         with suppress(LabError):

@@ -279,9 +279,9 @@ def arrived(address: str, subject: str, source: str | None = None, limit: float 
         client.logout()
 
 
-def hold_session(address: str, source: str | None = None, user: str = "alice") -> bool:
+def hold_session(address: str, source: str | None = None, user: str = "alice", port: int = 143) -> bool:
     """Hold an IMAP session until a line comes on standard input; say whether the session still answers."""
-    client = imap_login(address, source, user)
+    client = imap_login(address, source, user, port)
     client.select("INBOX")
     print("ready", flush=True)
     sys.stdin.readline()

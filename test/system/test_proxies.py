@@ -124,6 +124,18 @@ def test_proxys_connections_are_not_counted(host, proxy):
 
 
 @on_both_hosts
+def test_a_block_ends_the_clients_sessions_and_not_the_proxys(host, proxy):
+    client, (other,) = CLIENTS[host], set(CLIENTS.values()) - {CLIENTS[host]}
+    for front, address in zip(FRONTS[host], KEYS[client]):
+        session, others = lab.Session(client, front), lab.Session(other, front, user="bob")
+        try:
+            assert lab.salt(host, "mailfw.block", address)[host]["sessions_ended"] == 1
+            assert (session.answers(), others.answers()) == (False, True)
+        finally:
+            lab.salt(host, "mailfw.unblock", address)
+
+
+@on_both_hosts
 def test_header_of_somebody_else_lets_nobody_in(host, proxy):
     for address, header in zip(ADDRESSES[host], FORGED):
         assert not lab.client(CLIENTS[host], "claim", address=address, header=header)

@@ -1,6 +1,8 @@
-"""A user who is revoked: what the logins have earned and the sessions end on both hosts, and nobody else's."""
+"""A user who is revoked, an address that is blocked or trusted no more: what ends on both hosts, and nothing else."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 
@@ -55,6 +57,27 @@ def test_a_user_is_revoked_whatever_the_login_was_like():
         assert trusted(host) == {CAFE}
         assert not alices[host].answers()
         assert bobs[host].answers()
+
+
+@pytest.mark.parametrize("verb", ["block", "untrust"])
+def test_dovecots_part_of_the_sessions_of_an_address_ends_too(verb):
+    """Those with TLS as well, which a process of their own has for the one that reads mail; and no others."""
+    for place, of in enumerate((HOME, HOME_IPV6)):
+        held = {host: [lab.Session("home", ADDRESSES[host][place], port=port) for port in (143, 993)] for host in HOSTS}
+        others = {host: lab.Session("cafe", ADDRESSES[host][place], user="bob") for host in HOSTS}
+        try:
+            said = lab.salt(",".join(HOSTS), f"mailfw.{verb}", of)
+            for host in HOSTS:
+                wait_until(lambda host=host: logged_in(host) == ["bob"], f"{host} has but the other's session", limit=3)
+                assert said[host]["sessions_ended"] == 2
+                assert not any(session.answers() for session in held[host])
+                assert others[host].answers()
+        finally:
+            lab.salt(",".join(HOSTS), "mailfw.unblock", of)
+
+
+def logged_in(host: str) -> list[str]:
+    return [one["username"] for one in json.loads(lab.run(host, "doveadm", "-f", "json", "who", "-1"))]
 
 
 def test_a_user_who_is_not_there_is_no_error():

@@ -1,5 +1,7 @@
 """What doveadm is asked, with a script in its place; test/system has the real one."""
 
+from ipaddress import ip_network
+
 import pytest
 
 from mailfwlib import kick
@@ -70,3 +72,42 @@ def test_a_doveadm_that_hangs_is_not_waited_for(doveadm, monkeypatch):
     doveadm("exec sleep 30")
     with pytest.raises(kick.KickError, match=r"no answer in 0\.2 s"):
         kick.end_sessions("alice")
+
+
+#: What `doveadm -f json who -1` says: the last has no client.
+EVERYBODY = """[{"username":"alice","service":"imap","pid":"7","ip":"192.0.2.1"},
+{"username":"alice","service":"imap","pid":"8","ip":"192.0.2.1"},
+{"username":"b\\timap\\t9\\t192.0.2.3\\n","service":"pop3","pid":"9","ip":"192.0.2.2"},
+{"username":"bob","service":"imap","pid":"10","ip":"198.51.100.1"},
+{"username":"carol","service":"imap","pid":"11","ip":"2001:db8::7"},
+{"username":"dave","service":"imap","pid":"12","ip":null}]"""
+
+
+@pytest.mark.parametrize(
+    ("networks", "spared", "kicked"),
+    [
+        (["192.0.2.1/32"], [], ["192.0.2.1"] * 2),
+        (["192.0.2.0/24"], [], ["192.0.2.1", "192.0.2.1", "192.0.2.2"]),
+        (["192.0.2.0/24", "2001:db8::/64"], ["192.0.2.1/32"], ["192.0.2.2", "2001:db8::7"]),
+        (["192.0.2.3/32"], [], []),
+        (["0.0.0.0/0"], ["0.0.0.0/0"], []),
+    ],
+)
+def test_sessions_from_networks_are_ended_by_their_addresses(doveadm, tmp_path, networks, spared, kicked):
+    (tmp_path / "everybody").write_text(EVERYBODY)
+    asked = doveadm(f"cat {tmp_path}/everybody")
+    found = kick.end_sessions_from(map(ip_network, networks), map(ip_network, spared))
+    assert [str(one) for one in found] == kicked
+    kicks = "".join(f"kick|--|{one}|\n" for one in dict.fromkeys(kicked))
+    assert asked.read_text() == f"-f|json|who|-1|\n{kicks}"
+
+
+def test_of_a_doveadm_that_says_no_list_nobody_is_kicked(doveadm):
+    doveadm("echo who are you")
+    with pytest.raises(kick.KickError, match="says what is no list of sessions"):
+        kick.end_sessions_from([ip_network("0.0.0.0/0")], [])
+
+
+def test_a_host_without_doveadm_has_no_sessions_from_anywhere(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert kick.end_sessions_from([ip_network("0.0.0.0/0")], []) == []
