@@ -205,9 +205,9 @@ def all_states(names: Sequence[str], *arguments: str) -> dict[str, dict[str, dic
     return {host: _results(host, answers.get(host, "no answer")) for host in names}
 
 
-def configure_master() -> dict[str, dict[str, Any]]:
+def configure_master(sls: str = "mailfw.reactor") -> dict[str, dict[str, Any]]:
     """Apply mailfw.reactor to the master, on the master itself, since it restarts when its configuration changes."""
-    output = run("master", "salt-call", "--out=json", "state.apply", "mailfw.reactor", check=False)
+    output = run("master", "salt-call", "--out=json", "state.apply", sls, check=False)
     results = _results("master", json.loads(output[output.index("{") :])["local"])
     wait_for_minions("master", *ADDRESSES)
     return results

@@ -35,8 +35,8 @@ def fleet() -> Iterator[Beginning]:
     lab.lab("down")
     try:
         lab.lab("up")
+        before = lab.on_each((*HOSTS, "master"), inventory)
         lab.configure_master()
-        before = lab.on_each(HOSTS, inventory)
         preview = lab.all_states(HOSTS, "state.apply", "mailfw", "test=True")
         yield Beginning(before, preview, lab.all_states(HOSTS, "state.apply", "mailfw"))
     finally:

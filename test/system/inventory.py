@@ -13,8 +13,11 @@ TOPS = ("/etc", "/usr", "/var/lib", "/run", "/root", "/opt")
 OTHERS = {
     r"/etc/salt/minion\.d/_schedule\.conf": "Salt's file of scheduled jobs, which are compared themselves",
     r"/run/dovecot/auth-token-secret\.dat": "Dovecot's, since the first login",
+    r"/etc/salt/master\.d": "Salt's packages have it, the lab's master has not",
     r"/var/lib/postfix/(prng_exch|smtp_scache\.db)": "Postfix's, since the first TLS session",
     r"/run/systemd/journal/seqnum": "the number of the last line of the journal",
+    r"/run/(salt-master\.pid|systemd/units/invocation:salt-master\.service)": "the restarted master's",
+    r"/run/systemd/journal/streams/.*": "one for each service that runs",
     r"/run/systemd/transient": "systemd's, since somebody first used systemd-run, as Salt does",
 }
 _OTHERS = re.compile("|".join(OTHERS))

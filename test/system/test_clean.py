@@ -1,4 +1,4 @@
-"""mailfw.clean leaves a host as it was before mailfw came, and mail goes on."""
+"""What mailfw.clean leaves on a host, and mailfw.reactor.clean on the master: what was there before. Mail goes on."""
 
 from __future__ import annotations
 
@@ -72,3 +72,15 @@ def test_a_broken_installation_can_be_cleaned(fleet):
         lab.run(host, "rm", "-r", "/usr/lib/mailfw/mailfwlib")
         lab.run(host, "systemctl", "restart", "mailfw-agent", check=False)
     assert what_clean_leaves(fleet.before) == ""
+
+
+def test_clean_leaves_the_master_as_it_was_and_it_goes_on(fleet):
+    use_mail("mx1")
+    try:
+        cleaned = lab.configure_master("mailfw.reactor.clean")
+        assert changed(cleaned) != []
+        assert "\n".join(differences(fleet.before["master"], inventory("master"))) == ""
+        assert "mailfw.sqlite" not in lab.run("master", "ls", "/var/cache/salt/master")
+        assert changed(lab.configure_master("mailfw.reactor.clean")) == []
+    finally:
+        lab.configure_master()

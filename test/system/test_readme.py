@@ -17,6 +17,7 @@ COMMANDS = list(dict.fromkeys(command for text in MANUALS for command in re.find
 ELSEWHERE = {
     "salt mx1 state.apply mailfw.clean",
     "salt-call state.apply mailfw.reactor",
+    "salt-call state.apply mailfw.reactor.clean",
     'salt mx1 mailfw.open 2h reason="ticket 17"',
     'salt-run mailfw.open 2h "nobody can log in"',
     "salt-run mailfw.close",
