@@ -24,6 +24,7 @@ from integration import hostile
 from mailfwlib import messages
 
 REACTION = Path(__file__).parents[2] / "mailfw" / "reactor" / "login.sls"
+EXAMPLE = REACTION.parent / "examples" / "mail.sls"
 #: The only thing that the reactor ever does, with one argument.
 ANNOUNCE = "runner.mailfw.announce"
 #: The fleet's keys, newest first, and one of another fleet.
@@ -45,10 +46,12 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> salt.state.Compiler:
     return salt.state.Compiler(opts, salt.loader.render(opts, salt.loader.minion_mods(opts)))
 
 
-def reactions(compiler: salt.state.Compiler, *events: Any) -> list[tuple[str, Any]]:
+def reactions(
+    compiler: salt.state.Compiler, *events: Any, tag: str = "mailfw/login", file: Path = REACTION
+) -> list[tuple[str, Any]]:
     """Return what a new master's reactor would do for some events in turn: function and arguments of each reaction."""
     sys.modules.pop("mailfw_reactor", None)
-    rendered = [compiler.render_template(str(REACTION), tag="mailfw/login", data=event) for event in events]
+    rendered = [compiler.render_template(str(file), tag=tag, data=event) for event in events]
     return [
         (f"{module}.{calls[-1]}", calls[:-1])
         for high in rendered
@@ -192,3 +195,36 @@ def test_anything_signed_and_fresh_is_handed_on_as_it_is_or_dropped(
 @given(event=st.dictionaries(st.sampled_from(["id", "data", "cmd", "tag"]), JSON))
 def test_no_event_makes_the_reactor_do_anything_else(compiler: salt.state.Compiler, event: dict[str, Any]) -> None:
     assert reactions(compiler, event) == []
+
+
+MAIL = re.compile(
+    "To: operator@example.org\nSubject: mailfw/open\nAuto-Submitted: auto-generated\n\n"
+    "((host|until|reason): [ -~]{1,300}\n)*"
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.dictionaries(st.sampled_from(["host", "until", "reason"]) | TEXT, JSON | st.integers()))
+@example(data={"host": "\nBcc: everybody", "until": 1 << 40, "reason": "\\nBcc: everybody"})
+@example(data={"until": 1 << 33})
+def test_whatever_an_event_holds_its_mail_has_a_line_of_ascii_for_each_field(
+    compiler: salt.state.Compiler, data: dict[str, Any]
+) -> None:
+    compiler.opts["mailfw_mail"] = {"to": "operator@example.org"}
+    count = Path(compiler.opts["cachedir"], "mailfw_mail.json")
+    count.parent.mkdir(parents=True, exist_ok=True)
+    count.unlink(missing_ok=True)
+    ((function, (arguments,)),) = reactions(compiler, {"id": "mx1", "data": data}, tag="mailfw/open", file=EXAMPLE)
+    given_ = {name: value for one in arguments["args"] for name, value in one.items()}
+    assert MAIL.fullmatch(given_.pop("stdin"))
+    command = ["/usr/sbin/sendmail", "-i", "-t"]
+    assert (function, given_) == (
+        "runner.salt.cmd",
+        {"fun": "cmd.run", "cmd": command, "stdin_raw_newlines": True, "python_shell": False},
+    )
+
+
+@pytest.mark.parametrize("tag", ["mailfw/login", "mailfw/else", "mailfw/open/x", ""])
+def test_other_events_are_not_mailed(compiler: salt.state.Compiler, tag: str) -> None:
+    compiler.opts["mailfw_mail"] = {"to": "operator@example.org"}
+    assert reactions(compiler, {"id": "mx1", "data": {"host": "mx1"}}, tag=tag, file=EXAMPLE) == []

@@ -1,0 +1,72 @@
+#!py
+"""Example of a reactor that mails what mail hosts tell: docs/events.md says how to use it, and what the events hold.
+
+Any accepted minion can fire such an event with whatever it likes in it. So nothing of an event gets into a header, a
+command or the name of a file; in the body it is a line of ASCII for each field that is known; and nobody gets more than
+MOST mails an hour.
+"""
+
+import json
+import logging
+import os
+import time
+
+#: Tag -> the fields of its data.
+EVENTS = {
+    "mailfw/ban": ("host", "role", "address", "until"),
+    "mailfw/block": ("host", "address", "until", "by", "reason"),
+    "mailfw/full": ("host", "set", "size"),
+    "mailfw/healed": ("host", "altered"),
+    "mailfw/open": ("host", "until", "reason"),
+    "mailfw/roaming": ("host", "user", "addresses"),
+}
+#: Mails within an hour, and characters of a field.
+MOST, LONGEST = 30, 300
+
+log = logging.getLogger(__name__)
+
+
+def run():
+    """Return what to do for an event: ``tag``, ``data`` and ``__opts__`` are Salt's."""
+    ours = __opts__.get("mailfw_mail") or {}
+    sent = data.get("data")
+    if not ours.get("to") or tag not in EVENTS or not isinstance(sent, dict):
+        return {}
+    count = _count(os.path.join(__opts__["cachedir"], "mailfw_mail.json"), time.time())
+    if count > MOST:
+        log.warning("mailfw: an event %s is not mailed: %s mails were sent within an hour", tag, MOST)
+        return {}
+    lines = [f"{name}: {_text(name, sent[name])}" for name in EVENTS[tag] if name in sent]
+    if count == MOST:
+        lines.append(f"This is mail {MOST} within an hour. What comes now is only in the master's log.")
+    headers = [f"To: {ours['to']}", f"Subject: {tag}", "Auto-Submitted: auto-generated"]
+    arguments = {
+        "fun": "cmd.run",
+        "cmd": ours.get("command", ["/usr/sbin/sendmail", "-i", "-t"]),
+        "stdin": "\n".join([*headers, "", *lines, ""]),
+        # Without this Salt takes the two characters \n of a string for a line break.
+        "stdin_raw_newlines": True,
+        "python_shell": False,
+    }
+    mail = {"runner.salt.cmd": [{"args": [{name: value} for name, value in arguments.items()]}]}
+    return {"an event of mailfw is mailed": mail}
+
+
+def _text(name, value):
+    """Return a field as one line of ASCII; times as people read them."""
+    if name == "until" and isinstance(value, int) and 0 < value < 1 << 34:
+        return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(value))
+    return json.dumps(value)[:LONGEST]
+
+
+def _count(path, now):
+    """Return how many mails there are within an hour with this one, which is noted unless it is one too many."""
+    try:
+        with open(path, encoding="ascii") as stream:
+            recent = [at for at in json.load(stream) if now - 3600 < at <= now]
+    except (OSError, ValueError):
+        recent = []
+    if len(recent) < MOST:
+        with open(path, "w", encoding="ascii") as stream:
+            json.dump([*recent, now], stream)
+    return len(recent) + 1
