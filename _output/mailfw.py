@@ -3,12 +3,22 @@ A table for the terminal: a row for each mail host, or several of each, a column
 
 Takes what the runner's functions return: ``hosts``, a mapping of hosts to mappings, and whatever else there is to say,
 which comes below the table in Salt's own form; or what hosts themselves have returned, by host. A host has several rows
-when its mapping has a list of ``rows``, and of how many (``of``) they are a part.
+when its mapping has a list of ``rows``, and of how many (``of``) they are a part. On a terminal that is too narrow for
+the table there are several, one below the other.
 """
+
+import itertools
+import os
+import sys
+import textwrap
 
 import salt.output
 
 __virtualname__ = "mailfw"
+
+GAP = "  "
+#: Characters that a column gets, however narrow the terminal is.
+LEAST = 20
 
 
 def __virtual__():
@@ -26,7 +36,8 @@ def output(data, **kwargs):
     more = {name: said for name, said in ((name, _besides(said)) for name, said in sorted(hosts.items())) if said}
     others = {} if hosts is data else data
     rest = {key: value for key, value in others.items() if key not in ("hosts", "retcode") and value}
-    parts = [table(rows)] * bool(rows) + [_nested(part) for part in (more, rest) if part]
+    parts = [table(rows, _terminal())] if rows else []
+    parts += [_nested(part) for part in (more, rest) if part]
     return "\n\n".join(parts) or "nobody"
 
 
@@ -35,8 +46,9 @@ def _has_rows(said):
 
 
 def _rows(name, said):
-    """Return a host's rows of the table."""
-    return [{"host": name, **row} for row in (said["rows"] if _has_rows(said) else [said])]
+    """Return a host's rows of the table. No host speaks for another one."""
+    rows = said["rows"] if _has_rows(said) else [said]
+    return [{"host": name, **{column: value for column, value in row.items() if column != "host"}} for row in rows]
 
 
 def _besides(said):
@@ -52,16 +64,55 @@ def _nested(data):
     return salt.output.out_format(data, "nested", {**__opts__, "output": "nested"}).rstrip("\n")
 
 
-def table(rows):
-    """Return rows, each column -> value, as lines of columns that are as wide as they have to be."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [columns, *([cell(row.get(column, "")) for column in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)
+def _terminal():
+    """Return how many characters fit on a line of the terminal; None where there is none, as in a pipe."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or None
+    except (OSError, ValueError):
+        return None
+
+
+def table(rows, width=None):
+    """Return rows, each column -> value, as lines of columns that are as wide as they have to be.
+
+    Where a width is given and they do not fit, there are several tables, one below the other, each with the first
+    column, and long cells have several lines.
+    """
+    names, *columns = [
+        [cell(column), *(cell(row.get(column, "")) for row in rows)]
+        for column in dict.fromkeys(column for row in rows for column in row)
+    ]
+    room = max(LEAST, (width or sys.maxsize) - max(map(len, names)) - len(GAP))
+    return "\n\n".join(_lines([names, *some], room) for some in _fitting(columns, room))
+
+
+def _fitting(columns, room):
+    """Yield columns, as many at a time as there is room for."""
+    some, left = [], room
+    for column in columns:
+        wide = min(room, max(map(len, column)))
+        if some and wide > left:
+            yield some
+            some, left = [], room
+        some.append(column)
+        left -= wide + len(GAP)
+    yield some
+
+
+def _lines(columns, room):
+    """Return columns beside each other, each cell wrapped where it is longer than the room."""
+    wrapped = [[textwrap.wrap(text, room) or [""] for text in column] for column in columns]
+    widths = [max(len(line) for lines in column for line in lines) for column in wrapped]
+    found = []
+    for cells in zip(*wrapped):
+        for parts in itertools.zip_longest(*cells, fillvalue=""):
+            found.append(GAP.join(part.ljust(wide) for part, wide in zip(parts, widths)).rstrip())
+    return "\n".join(found)
 
 
 def cell(value):
-    """Return a value as it stands in a table."""
+    """Return a value as it stands in a table: what a host says must not move the cursor."""
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value))
-    return "-" if value is None else str(value)
+        value = ", ".join(map(str, value))
+    text = "-" if value is None else str(value)
+    return "".join(one if one.isprintable() else "?" for one in text)

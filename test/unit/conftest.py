@@ -1,3 +1,4 @@
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -11,3 +12,13 @@ settings.load_profile("mailfw")
 def root():
     """The repository."""
     return Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def outputter(root):
+    """What makes the fleet's answers tables."""
+    spec = importlib.util.spec_from_file_location("outputter", root / "_output/mailfw.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.__opts__ = {"color": False}
+    return module

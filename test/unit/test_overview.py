@@ -1,21 +1,10 @@
 """A host in one row, and the table of all hosts."""
 
-import importlib.util
-
 import pytest
 
 from mailfwlib import overview, settings
 
 HOUR = 3600.0
-
-
-@pytest.fixture
-def outputter(root):
-    spec = importlib.util.spec_from_file_location("outputter", root / "_output/mailfw.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.__opts__ = {"color": False}
-    return module
 
 
 @pytest.mark.parametrize(
