@@ -20,6 +20,7 @@ from typing import Any
 import attr
 import salt.client
 from salt._logging import shutdown_temp_handler
+from salt.exceptions import SaltClientError
 from saltfactories.daemons.master import SaltMaster
 from saltfactories.daemons.minion import SaltMinion
 from saltfactories.manager import FactoriesManager
@@ -52,13 +53,14 @@ class HostMaster(SaltMaster):
 
 @attr.s(kw_only=True, slots=True)
 class HostMinion(SaltMinion):
-    """A minion that runs in a host."""
+    """A minion that runs in a host, started through another command where there is one."""
 
     host = attr.ib(repr=False)
+    through = attr.ib(factory=list)
 
     def cmdline(self, *args: str) -> list[str]:
         """Return the command that starts it."""
-        return [*self.host.enter, *super().cmdline(*args)]
+        return [*self.host.enter, *self.through, *super().cmdline(*args)]
 
 
 class Agent:
@@ -260,20 +262,25 @@ class Fleet:
         """Wait until the mail hosts hear the master's jobs, as they do not at first after it was off."""
 
         def heard() -> bool:
-            with salt.client.get_local_client(mopts={**self.master.config, "gather_job_timeout": 1}) as master:
-                return master.cmd(list(self.hosts), "test.ping", tgt_type="list", timeout=1).keys() == self.hosts.keys()
+            with (
+                contextlib.suppress(SaltClientError),  # The master may still be busy, too.
+                salt.client.get_local_client(mopts={**self.master.config, "gather_job_timeout": 1}) as master,
+            ):
+                found = master.cmd(list(self.hosts), "test.ping", tgt_type="list", timeout=1)
+                return found.keys() == self.hosts.keys()
+            return False
 
-        wait_for("the minions to hear the master", heard)
+        wait_for("the minions to hear the master", heard, limit=60)
 
     @contextlib.contextmanager
-    def mail_host(self, name: str) -> Iterator[MailHost]:
-        """A mail host whose minion runs, and where mailfw has never been."""
+    def mail_host(self, name: str, *through: str) -> Iterator[MailHost]:
+        """A mail host whose minion runs, started through a command, and where mailfw has never been."""
         self.write_pillar(name)
         host = Host(name)
         try:
             self._connect(host)
             minion = self.master.salt_minion_daemon(
-                name, factory_class=HostMinion, host=host, overrides=_minion_overrides()
+                name, factory_class=HostMinion, host=host, through=list(through), overrides=_minion_overrides()
             )
             with minion.started():
                 minion.before_terminate(host.remove)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import socket
 import time
@@ -227,3 +228,32 @@ def test_a_master_that_knows_no_mail_host(fleet: Fleet, mx1: MailHost, mx2: Mail
     for host in (mx1, mx2):  # It is what it says to do.
         fleet.salt_call(host, "mailfw.catch_up")
     assert fleet.salt_run(*PATIENTLY, "mailfw.doctor")[1]["hosts"].keys() == {"mx1", "mx2"}
+
+
+#: Debian's libfaketime, where test/install-packages has put it.
+FAKETIME = Path(os.environ.get("MAILFW_CACHE", "/var/cache/mailfw"), "faketime")
+
+
+def test_a_host_whose_clock_is_not_the_masters(fleet: Fleet, tmp_path: Path) -> None:
+    """Its minion, and the jobs of that, see the time that libfaketime reads in a file."""
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    (library,) = FAKETIME.glob("usr/lib/*/faketime/libfaketimeMT.so.1")
+    options = (f"FAKETIME_TIMESTAMP_FILE={clock}", "FAKETIME_NO_CACHE=1", "DONT_FAKE_MONOTONIC=1")
+
+    def said_of_its_clock() -> str:
+        found = fleet.salt_run(*PATIENTLY, "mailfw.doctor")[1]["hosts"]["astray"]
+        return found.get("its clock is the master's", {"found": "right"})["found"]
+
+    with fleet.mail_host("astray", "env", f"LD_PRELOAD={library}", *options) as host:
+        fleet.call(host, "saltutil.sync_all")
+        fleet.salt_run("mailfw.announce", fleet.sign(sender="astray"))
+        try:
+            assert said_of_its_clock() == "right"
+            clock.write_text("-600")
+            assert re.match(r"its clock is (5\d\d|600) s behind the master's", said_of_its_clock())
+            clock.write_text("+600")
+            assert re.match(r"its clock is (5\d\d|600) s ahead of the master's", said_of_its_clock())
+        finally:
+            clock.write_text("+0")
+            fleet.forget_hosts("id = 'astray'")
