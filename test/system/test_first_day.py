@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -12,17 +13,12 @@ from support.lab import ADDRESSES, Ongoing
 from .conftest import ENVIRONMENTS, HOSTS
 
 TOWN, BOT = "198.19.0.10", "198.18.0.66"
+PILLAR = {"protection": {"type": "protected"}, "reaction": {"untrusted": "reject"}}
 
 
-def apply(enforce: bool, never: list[str]) -> None:
+def apply(**pillar: Any) -> None:
     for host in HOSTS:
-        lab.set_pillar(
-            ENVIRONMENTS[host],
-            protection={"type": "protected"},
-            enforce=enforce,
-            reaction={"untrusted": "reject"},
-            trusted={"never": never},
-        )
+        lab.set_pillar(ENVIRONMENTS[host], **pillar)
     lab.all_states(HOSTS, "state.apply", "mailfw")
 
 
@@ -31,14 +27,14 @@ def submission(client: str) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _enforcing_again(fleet):
+def _as_before(fleet):
     yield
-    apply(True, [])
+    apply(protection={"type": "autoban"})
 
 
-def test_observe_then_seed_then_enforce(fleet):
+def test_observe_seed_and_enforce(fleet):
     """Town's sessions are as if they were older than mailfw: their logins have earned nothing."""
-    apply(False, [f"{TOWN}/32"])
+    apply(**PILLAR, enforce=False, trusted={"never": [f"{TOWN}/32"]})
     with ExitStack() as sessions:
         for host in HOSTS:
             sessions.enter_context(Ongoing("town", "hold_session", address=ADDRESSES[host][0]))
@@ -46,13 +42,13 @@ def test_observe_then_seed_then_enforce(fleet):
         for host in HOSTS:
             rows = lab.salt(host, "mailfw.observed", "service=submission")[host]["rows"]
             assert {TOWN, BOT} <= {row["address"] for row in rows}
-            refused = lab.salt(host, "mailfw.seed")[host]
-            assert {row["address"]: row["result"] for row in refused["rows"]}[TOWN] == "is in mailfw:trusted:never"
-        apply(False, [])
+            seeded = lab.salt(host, "mailfw.seed")[host]
+            assert {row["address"]: row["result"] for row in seeded["rows"]}[TOWN] == "is in mailfw:trusted:never"
+        apply(**PILLAR)
+        assert submission("town") + submission("bot") == ["refused"] * 4
         for host in HOSTS:
             seeded = lab.salt(host, "mailfw.seed")[host]
             again = lab.salt(host, "mailfw.seed")[host]
             assert (seeded["problems"], again["problems"], again["rows"]) == ([], [], [])
-        apply(True, [])
         assert submission("town") == ["open"] * 2
         assert submission("bot") == ["refused"] * 2
