@@ -112,6 +112,7 @@ class Agent:
         #: The trusts that operators gave: a login does not shorten them, and one that outlasts such a trust takes it
         #: over, unless only operators open that port.
         self._given: dict[tuple[Address, int], Ending] = {}
+        self._tidied = 0.0
         #: When an operator ended a trust: the master still tells of the logins before that.
         self._ended_journal = Journal(DIRECTORY / "ended", MOST_LOGINS, parse.address)
         self._ended = {
@@ -380,6 +381,13 @@ class Agent:
         self._listen_for_reports()
         self._after_repairs()
         self.people.tidy(time.time())
+        self._tidy(time.time())
+
+    def _tidy(self, now: float) -> None:
+        """Forget trusts of operators that are over."""
+        if now - self._tidied >= people.TIDY:
+            self._tidied = now
+            self._given = {one: ending for one, ending in self._given.items() if ending.until > now}
 
     def _listen_for_reports(self) -> None:
         """Have reports taken on the port of the settings, and on no other."""

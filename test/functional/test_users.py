@@ -80,6 +80,13 @@ def test_what_an_operator_gave_stays(agent: Agent, loaded: Firewall) -> None:
     assert trusted(loaded) == {HOME: {587}}
 
 
+def test_what_an_operator_gave_once_and_is_over_does_not_stay(agent: Agent, loaded: Firewall) -> None:
+    agent.remember(HOME, -1, 587, note="root")
+    agent.login(HOME, ALICE)
+    assert revoke(agent, ALICE)["revoked"] == [HOME]
+    assert not trusted(loaded)
+
+
 @pytest.mark.parametrize("login", ["alice@example.org", "ALICE@Example.org"])
 def test_the_same_user_in_other_letters_is_the_same_user(agent: Agent, loaded: Firewall, login: str) -> None:
     agent.login(HOME, login)
