@@ -39,7 +39,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,6 +66,8 @@ SETTLED, ECHOED = 5.0, 0.3
 #: A pace: one login after so many seconds without, in which the master's reactor has forgotten its runners.
 LONE, QUIET = "after a quiet minute", 65.0
 ADDRESS = re.compile(r'"([0-9.]+)\\"')
+#: Seconds after which the master has told of everything.
+EVENTS = 30.0
 #: What the master tells of a login on its way: event's tag and function -> what it means.
 STAGES = {
     ("mailfw/login", None): "event on the master",
@@ -210,15 +211,24 @@ def spread(subject: Subject, pace: str, moments: list[float]) -> Iterator[tuple[
 
 def stages(fleet: Fleet, logins: dict[str, float]) -> Iterator[tuple[str, list[float]]]:
     """Yield when the master came to each stage of logins' messages: address -> Unix time of the login."""
-    patterns = {("master", pattern) for pattern, _ in STAGES}
-    events = fleet.events.get_events(patterns, after_time=min(logins.values()))
+    since = min(logins.values())
     for (pattern, function), stage in STAGES.items():
-        first: dict[str, float] = {}
-        for event in sorted(events, key=lambda event: event.stamp):
-            if fnmatch(event.tag, pattern) and event.data.get("fun") == function:
-                for address in ADDRESS.findall(json.dumps(event.data)):
-                    first.setdefault(address, event.stamp.timestamp())
+        wait_for(
+            f"each {stage}", lambda its=(pattern, function): logins.keys() <= heard(fleet, since, *its).keys(), EVENTS
+        )
+        first = heard(fleet, since, pattern, function)
         yield stage, [first[address] - at for address, at in logins.items()]
+
+
+def heard(fleet: Fleet, since: float, pattern: str, function: str | None) -> dict[str, float]:
+    """Return which addresses the master's events of a kind have named since a moment, and when first."""
+    found: dict[str, float] = {}
+    events = fleet.events.get_events({("master", pattern)}, after_time=since)
+    for event in sorted(events, key=lambda event: event.stamp):
+        if event.data.get("fun") == function:
+            for address in ADDRESS.findall(json.dumps(event.data)):
+                found.setdefault(address, event.stamp.timestamp())
+    return found
 
 
 def measured(subject: Subject, asked: argparse.Namespace) -> Iterator[Figure]:
@@ -271,8 +281,10 @@ def spread_of(values: list[float], digits: int) -> str:
 
 def table(title: str, columns: list[str], rows: dict[str, list[str]]) -> str:
     """Return a table as text."""
-    lines = [f"\n{title:32}" + "".join(f"{column:>22}" for column in columns)]
-    return "\n".join(lines + [f"{name:32}" + "".join(f"{cell:>22}" for cell in cells) for name, cells in rows.items()])
+    lines, width = {title: columns, **rows}, max(map(len, itertools.chain(columns, *rows.values()))) + 2
+    return "\n" + "\n".join(
+        f"{name:32}" + "".join(f"{cell:>{width}}" for cell in cells) for name, cells in lines.items()
+    )
 
 
 def compared(found: Found, kind: str, other: str, counts: list[int]) -> Iterator[tuple[list[float], list[float]]]:
@@ -324,8 +336,8 @@ def report_fleet(figures: list[Figure], asked: argparse.Namespace) -> None:
         ]
         for pace in paces(asked)
     }
-    columns = ["ms: p50, p99", *(f"{stage}: p50" for stage in STAGES.values()), "logins", "messages"]
-    print(table("trusted on the other host", columns, rows))
+    columns = ["p50, p99", *(f"{stage}, p50" for stage in STAGES.values()), "logins", "messages"]
+    print(table("trusted on the other host, ms", columns, rows))
 
 
 REPORTS = {"acknowledgement": report_acknowledgements, "client": report_clients, "fleet": report_fleet}
