@@ -214,7 +214,11 @@ def test_whatever_an_event_holds_its_mail_has_a_line_of_ascii_for_each_field(
     count = Path(compiler.opts["cachedir"], "mailfw_mail.json")
     count.parent.mkdir(parents=True, exist_ok=True)
     count.unlink(missing_ok=True)
-    ((function, (arguments,)),) = reactions(compiler, {"id": "mx1", "data": data}, tag="mailfw/open", file=EXAMPLE)
+    found = reactions(compiler, {"id": "mx1", "data": data}, tag="mailfw/open", file=EXAMPLE)
+    if not data.keys() & {"host", "until", "reason"}:
+        assert found == []
+        return
+    ((function, (arguments,)),) = found
     given_ = {name: value for one in arguments["args"] for name, value in one.items()}
     assert MAIL.fullmatch(given_.pop("stdin"))
     command = ["/usr/sbin/sendmail", "-i", "-t"]

@@ -28,15 +28,13 @@ log = logging.getLogger(__name__)
 
 def run():
     """Return what to do for an event: ``tag``, ``data`` and ``__opts__`` are Salt's."""
-    ours = __opts__.get("mailfw_mail") or {}
-    sent = data.get("data")
-    if not ours.get("to") or tag not in EVENTS or not isinstance(sent, dict):
+    ours, lines = __opts__.get("mailfw_mail") or {}, _lines(data.get("data"))
+    if not ours.get("to") or not lines:
         return {}
     count = _count(os.path.join(__opts__["cachedir"], "mailfw_mail.json"), time.time())
     if count > MOST:
         log.warning("mailfw: an event %s is not mailed: %s mails were sent within an hour", tag, MOST)
         return {}
-    lines = [f"{name}: {_text(name, sent[name])}" for name in EVENTS[tag] if name in sent]
     if count == MOST:
         lines.append(f"This is mail {MOST} within an hour. What comes now is only in the master's log.")
     headers = [f"To: {ours['to']}", f"Subject: {tag}", "Auto-Submitted: auto-generated"]
@@ -50,6 +48,13 @@ def run():
     }
     mail = {"runner.salt.cmd": [{"args": [{name: value} for name, value in arguments.items()]}]}
     return {"an event of mailfw is mailed": mail}
+
+
+def _lines(sent):
+    """Return what a mail says of an event's data: nothing where there is nothing that is known."""
+    if not isinstance(sent, dict):
+        return []
+    return [f"{name}: {_text(name, sent[name])}" for name in EVENTS.get(tag, ()) if name in sent]
 
 
 def _text(name, value):
