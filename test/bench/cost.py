@@ -8,9 +8,8 @@ namespace of its own, since connections are tracked in the other one. The arms t
 number of connections or packets, in a new random order in each round, so that a machine that slows down slows all.
 Figures are processor time, see measures.py, and "a second" is one of it:
 
-dovecot_connection, dovecot_login, postfix_connection
-    What a connection takes with a real server, without TLS, from the SYN to the last FIN. With TLS it takes several
-    times as long, and mailfw's part is smaller.
+dovecot_tls_connection, dovecot_connection, dovecot_login, postfix_connection
+    What a connection takes with a real server, from the SYN to the last FIN; but for the first one without TLS.
 dovecot_noop, dovecot_fetch
     What packets of an open connection take with a real server: an exchange of lines, and a full packet of a message.
 connection, round_trip, bulk_in, bulk_out
@@ -56,7 +55,7 @@ MINIMAL = """table inet filter {
   chain input {
     type filter hook input priority filter; policy accept;
     ct state established accept
-    tcp dport { 587, 993 } accept
+    tcp dport { 143, 587, 993 } accept
   }
 }
 """

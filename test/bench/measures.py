@@ -15,12 +15,13 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
+import ssl
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Callable
 
-from bench.servers import IMAP_PORT, MESSAGE, PASSWORD, SUBMISSION_PORT, USER
+from bench.servers import IMAP_PORT, IMAPS_PORT, MESSAGE, PASSWORD, SUBMISSION_PORT, USER
 from bench.wires import PORT, Server
 
 BULK = 256 * 1024
@@ -106,16 +107,32 @@ def _hear(client: socket.socket, expected: bytes) -> None:
         raise RuntimeError(f"the server said {heard!r} instead of {expected!r}")
 
 
+def _plain(client: socket.socket) -> socket.socket:
+    return client
+
+
+def _encrypted() -> Callable[[socket.socket], socket.socket]:
+    """Return what does the TLS handshake, as clients do it that keep no session."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context.wrap_socket
+
+
 CONNECTIONS = 5
 
 
-def _conversations(port: int, banner: bytes, lines: dict[bytes, bytes]) -> Measure:
+def _conversations(
+    port: int,
+    banner: bytes,
+    lines: dict[bytes, bytes],
+    spoken: Callable[[socket.socket], socket.socket] = _plain,
+) -> Measure:
     """Connect, say lines and hear the answers until the server closes: each from another source of the arm."""
 
     def prepare(server: Server, version: int, _: str) -> Batch:
         def batch(sources: Sequence[str]) -> None:
             for source in random.choices(sources, k=CONNECTIONS):
-                with _client(source, server.mail[version], port) as client:
+                with spoken(_client(source, server.mail[version], port)) as client:
                     _hear(client, banner)
                     for line, answer in lines.items():
                         client.send(line)
@@ -213,6 +230,7 @@ def _transfers(from_client: bool) -> Measure:
 
 
 MEASURES = {
+    "dovecot_tls_connection": _conversations(IMAPS_PORT, b"* OK", {LOGOUT: b"* BYE"}, _encrypted()),
     "dovecot_connection": _conversations(IMAP_PORT, b"* OK", {LOGOUT: b"* BYE"}),
     "dovecot_login": _conversations(IMAP_PORT, b"* OK", {LOGIN: b"a OK", LOGOUT: b"* BYE"}),
     "postfix_connection": _conversations(SUBMISSION_PORT, b"220", {b"QUIT\r\n": b"221"}),

@@ -1,7 +1,7 @@
 """Real mail servers for a server namespace: a Dovecot and a Postfix of its own, which this program starts and ends.
 
 They are as Debian 12 ships them (Dovecot 2.3), but for what would hide the cost of a connection behind work of theirs:
-a process serves any number of clients instead of one, and nothing is encrypted.
+a process serves any number of clients instead of one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-IMAP_PORT, SUBMISSION_PORT = 993, 587
+IMAP_PORT, IMAPS_PORT, SUBMISSION_PORT = 143, 993, 587
 USER, PASSWORD = "user", "secret"
 #: The bytes of the one message that there is to fetch.
 MESSAGE = 256 * 1024
@@ -21,7 +21,9 @@ state_dir = {directory}/run
 log_path = {directory}/log
 protocols = imap
 listen = {listen}
-ssl = no
+ssl = yes
+ssl_cert = <{directory}/certificate
+ssl_key = <{directory}/key
 disable_plaintext_auth = no
 mail_location = maildir:{directory}/mail
 mail_max_userip_connections = 0
@@ -36,10 +38,11 @@ userdb {{
 }}
 service imap-login {{
   inet_listener imap {{
-    port = {port}
+    port = {imap}
   }}
   inet_listener imaps {{
-    port = 0
+    port = {imaps}
+    ssl = yes
   }}
 }}
 {services}
@@ -98,7 +101,17 @@ def configured_dovecot(directory: Path, addresses: list[str], port: int, service
     for path in (directory / "mail", *(directory / "mail").rglob("*")):
         shutil.chown(path, "mail", "mail")
     config = directory / "dovecot.conf"
-    values = {"listen": ", ".join(addresses), "port": port, "password": PASSWORD, "services": services}
+    # The cheapest kind of key that is in common use.
+    kind = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=bench.test -days 1"
+    files = ["-keyout", str(directory / "key"), "-out", str(directory / "certificate")]
+    subprocess.run(["openssl", "req", "-x509", *kind.split(), *files], check=True, capture_output=True)
+    values = {
+        "listen": ", ".join(addresses),
+        "imap": port,
+        "imaps": IMAPS_PORT,
+        "password": PASSWORD,
+        "services": services,
+    }
     config.write_text(_DOVECOT.format(directory=directory, **values))
     return ["dovecot", "-F", "-c", str(config)]
 
