@@ -100,6 +100,8 @@ class Handler(BaseHTTPRequestHandler):
     server_version = f"mailfw-agent/{__version__}"
     sys_version = ""
     timeout = PATIENCE
+    #: An answer is one packet: of two, the second would wait for the client's delayed acknowledgement, 40 ms.
+    wbufsize = -1
 
     def do_POST(self) -> None:
         """Take a report."""
