@@ -605,12 +605,13 @@ class Server:
             self._step()
 
     def _step(self) -> None:
-        for key, _ in self._selector.select(timeout=0.5):
-            if key.fileobj is self._listener:
+        ready = [key.fileobj for key, _ in self._selector.select(timeout=0.5)]
+        self._drop_silent(ready)
+        for one in ready:
+            if one is self._listener:
                 self._welcome()
             else:
-                self._answer(key.fileobj)
-        self._drop_silent()
+                self._answer(one)
 
     def _accept(self, wanted: bool) -> None:
         if wanted and not self._accepting:
@@ -656,9 +657,10 @@ class Server:
         connection.close()
         self._accept(not self.stopping and len(self._deadlines) < MOST_CLIENTS)
 
-    def _drop_silent(self) -> None:
+    def _drop_silent(self, ready: Container[Any]) -> None:
+        """Drop who has said nothing in time; whoever has, waits for an answer, however long others have taken."""
         now = time.monotonic()
-        for connection in [one for one, deadline in self._deadlines.items() if deadline < now]:
+        for connection in [one for one, deadline in self._deadlines.items() if deadline < now and one not in ready]:
             self._close(connection)
 
 
