@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import socket
 import struct
@@ -24,7 +23,8 @@ class Arrivals:
     """Notes when each address first comes into a trusted set of a host; times are those of ``time.monotonic``."""
 
     def __init__(self, host: Host):
-        self.at: dict[str, float] = {}
+        self._at: dict[str, float] = {}
+        self._ended: OSError | None = None
         with network_of(host):
             self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
         self._socket.setsockopt(socket.SOL_SOCKET, 33, _QUEUE)  # SO_RCVBUFFORCE
@@ -33,11 +33,20 @@ class Arrivals:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
-        with contextlib.suppress(OSError):  # it was closed
+        try:
             while True:
                 received, now = self._socket.recv(1 << 18), time.monotonic()
                 for address in _trusted(received):
-                    self.at.setdefault(address, now)
+                    self._at.setdefault(address, now)
+        except OSError as err:  # it was closed, or the kernel had to drop something
+            self._ended = err
+
+    @property
+    def at(self) -> dict[str, float]:
+        """When each address has come: IPv4 address -> time. Raises OSError when some may have been missed."""
+        if self._ended:
+            raise self._ended
+        return self._at
 
     def close(self) -> None:
         """Hear no more."""

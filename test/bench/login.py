@@ -199,11 +199,11 @@ def spread(subject: Subject, pace: str, moments: list[float]) -> Iterator[tuple[
             address = subject.stranger()
             reported[address] = time.monotonic()
             subject.report([address])
-        wait_for("the last arrival", lambda: reported.keys() <= arrivals.at.keys(), 60)
+        arrived = wait_for("the last arrival", lambda: reported.keys() <= arrivals.at.keys() and arrivals.at, 60)
     finally:
         arrivals.close()
     subject.wait_for_echo()
-    yield pace, [arrivals.at[address] - at for address, at in reported.items()]
+    yield pace, [arrived[address] - at for address, at in reported.items()]
     yield MESSAGES + pace, [subject.mx1.agent.status()["received"] - messages]
     for stage, seconds in stages(subject.fleet, {address: start + at - began for address, at in reported.items()}):
         yield f"{stage}, {pace}", seconds
