@@ -39,10 +39,11 @@ def _reacting(fleet: Fleet) -> Iterator[None]:
     configuration["mailfw_mail"] = {"to": "operator@example.org", "command": ["tee", "-a", MAILS]}
     mx1 = fleet.hosts["mx1"]
     try:
-        main.write_text(yaml.safe_dump(configuration))
-        configure(fleet)
+        # States first: a master that has just started is slow.
         with fleet.pillar(mx1, metrics={"interval": "1s"}, sizes={"blocked": 1}, trusted={"per_user": 2}):
             assert not fleet.apply(mx1).failed
+            main.write_text(yaml.safe_dump(configuration))
+            configure(fleet)
             yield
     finally:
         main.write_text(before)
