@@ -119,7 +119,7 @@ def test_diff_says_what_changes(firewall: Firewall) -> None:
     assert any(re.match(r"\+\t\t.*587 : goto postfix_protected", line) for line in changed)
     limited = ("", "_count", "_ban", "_refuse", "_crowded")
     assert set(ruleset.altered("\n".join(changed))) == {
-        *("set trusted_networks_ipv4", "chain guarded", "chain pardoned", "map services", "map counting"),
+        *("set trusted_networks_ipv4", "chain guarded", "chain answered", "map services", "map counting"),
         *(f"chain dovecot_{name}{part}" for name in ("autoban", "protected") for part in limited),
         *(f"chain postfix_autoban{part}" for part in limited),
         *("chain postfix_protected", "set rate_postfix_ipv4", "set rate_postfix_ipv6"),
