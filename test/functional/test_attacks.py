@@ -456,6 +456,15 @@ def test_weaker_rules_are_evaded(lab: Lab, attack: Callable[[Lab], Crowd], lacki
     assert served(lab, attack(lab)) > BURST
 
 
+def test_who_has_begun_before_everything_is_open_is_not_refused(lab: Lab) -> None:
+    lab.load()
+    crowd = lab.crowd(SILENT).connect()
+    lab.firewall.run("add element inet mailfw break_glass { tcp timeout 1m }")
+    assert served(lab, crowd.send(ACK | PSH, b"noop\n")) == CROWD
+    assert lab.firewall.counter("over_rate") == 0
+    assert not lab.firewall.elements(f"banned_dovecot_{lab.family}")
+
+
 # --- Forged packets ---------------------------------------------------------------------------------------------------
 
 ODD_FLAGS = [0, SYN, ACK, FIN, RST, SYN | ACK, RST | ACK, FIN | PSH | URG, 0xFF, SYN | FIN, SYN | RST, ACK | URG | PSH]
