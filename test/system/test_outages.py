@@ -227,7 +227,7 @@ def cut_the_network(people: People, seconds: int) -> None:
 
 
 def test_network_cut(people: People) -> None:
-    """For minutes it is cut by the soak tests."""
+    """For a minute it is cut by the soak tests."""
     cut_the_network(people, 25)
 
 
