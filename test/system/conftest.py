@@ -35,6 +35,7 @@ def fleet() -> Iterator[Beginning]:
     lab.lab("down")
     try:
         lab.lab("up")
+        lab.wait_for_minions("master", *HOSTS)
         before = lab.on_each((*HOSTS, "master"), inventory)
         lab.configure_master()
         preview = lab.all_states(HOSTS, "state.apply", "mailfw", "test=True")
