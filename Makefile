@@ -50,7 +50,7 @@ bench-scale: $(VENV)/done
 docs: $(VENV)/done
 	PYTHONPATH=_utils $(VENV)/bin/python docs/reference.py > docs/pillar.md
 
-# What a login waits for: a few minutes.
+# What a login costs who logs in, and how soon the whole fleet trusts where that was: about twenty minutes.
 bench-login: $(VENV)/done
 	test/bench/install-packages
 	$(VENV)/bin/python test/bench/login.py $(BENCH)
