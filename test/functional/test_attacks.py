@@ -663,7 +663,10 @@ def test_holes_are_served_no_more_than_the_burst(lab: Lab, attack: Callable[[Lab
 def test_a_cookie_used_again_is_not_counted_by_a_listener_that_is_bound_to_one_address(
     lab: Lab, cookies: int, times: int
 ) -> None:
-    """The rules cannot tell such a listener from a connection: README names it. 1 is as 2 while the backlog is full."""
+    """The rules cannot tell such a listener from a connection: SECURITY.md says what to do.
+
+    1 is as 2 while the backlog is full.
+    """
     lab.set("/proc/sys/net/ipv4/tcp_syncookies", cookies)
     lab.load()
     crowd = lab.crowd(BOUND, BURST).connect().wait(lambda each: each.served).send(RST)
