@@ -1269,7 +1269,7 @@ def list_(kind=None, service=None, role=None, network=None, user=None, sort="rem
     order = _choice("sort", sort, listing.SORTS)
     most = _limit(limit)
     found = list(listing.rows(_listed(wanted), wanted, host))
-    rows = [listing.said(row, now, host) for row in listing.in_order(found, order, most)]
+    rows = [listing.said(row, now) for row in listing.in_order(found, order, most)]
     return {"rows": rows, "of": len(found)}
 
 

@@ -78,6 +78,7 @@ MOST_ROAMING = 10_000
 QUIET = 60.0
 
 _NOT_ADMITTED = "no mailfw:trusted network admits it, and the mode is private"
+_ENDED = "an operator has ended its trust, and nobody has logged in since"
 
 log = logging.getLogger("mailfw-agent")
 
@@ -145,16 +146,17 @@ class Agent:
                 for one in kernel.elements(f"trusted_{family}"):
                     address, _, port = one.value.partition(" . ")
                     left = parse.LONGEST if one.left is None else one.left
-                    found.setdefault(address, []).append((int(port), Ending(now + left, one.note)))
+                    note = one.note if not one.note or audit.is_note(one.note) else "an operator"
+                    found.setdefault(address, []).append((int(port), Ending(now + left, note)))
             except OSError as err:
                 log.warning("trusted_%s cannot be read: %s", family, err)
             for address, ports in found.items():
-                self._note(parse.address(address), ports, now + self.settings["trusted"]["period"])
+                self._note(parse.address(address), ports)
 
-    def _note(self, key: Address, ports: list[tuple[int, Ending]], longest: float) -> None:
+    def _note(self, key: Address, ports: list[tuple[int, Ending]]) -> None:
         for port, ending in ports:
-            if ending.note or ending.until > longest:
-                self._given[key, port] = Ending(ending.until, ending.note or "an operator")
+            if ending.note:
+                self._given[key, port] = ending
             else:
                 self._remember(key, max(ending.until, self._earned.get(key, 0.0)))
 
@@ -275,25 +277,40 @@ class Agent:
             address, now = parse.address(text), time.time()
             key = elements.trusted_key(address, self.settings)
             if key in self._ended and self._earned.get(key, 0.0) <= now:
-                yield text, "an operator has ended its trust, and nobody has logged in since"
-            elif self._is_news(key, self.people.key(user), now):
-                try:
-                    reason = self._earn(address, user, now, "seed")
-                except RefusedError as err:
-                    reason = str(err)
-                if not reason:
-                    self._last_logins.note(key, now)
+                yield text, _ENDED
+                continue
+            news = self._is_news(key, self.people.key(user), now)
+            try:  # Even if it is none: pillar may have got services since the login, which are not opened yet.
+                reason = self._earn(address, user, now, "seed")
+            except RefusedError as err:
+                reason = str(err)
+            if not reason:
+                self._last_logins.note(key, now)
+            if news or reason:
                 yield text, reason
 
     def _seed_earlier(self, logins: Iterable[tuple[str, float]]) -> Iterator[tuple[str, str]]:
         """Trust addresses of earlier logins for what is left of a period. Yield the same."""
         for text, at in logins:
-            address = parse.address(text)
+            address, now = parse.address(text), time.time()
+            key = elements.trusted_key(address, self.settings)
+            known = self._earned.get(key, 0.0)
+            until = max(known, at + self.settings["trusted"]["period"])
+            endings = self._endings(address, until)
             reason = elements.never_trusted(address, self.settings) or sockets.own_address(address)
-            if reason or not self._endings(address, at + self.settings["trusted"]["period"]):
+            if reason or not endings:
                 yield text, reason or _NOT_ADMITTED
-            elif self._believe(address, at, "seed"):
-                yield text, ""
+            elif known <= now and at <= self._ended.get(key, 0.0):
+                yield text, _ENDED
+            elif until > now + 1:
+                try:
+                    self._trust(address, endings, until)
+                except RefusedError as err:
+                    yield text, str(err)
+                    continue
+                if until > known + WHOLE_SECONDS:
+                    self._record_trust(address, list(endings), until, "seed")
+                    yield text, ""
 
     def _record_trust(self, address: Address, ports: list[int], until: float, by: str) -> None:
         """Put a trust that is new, or has lost a tenth of its period, into the journal."""
@@ -507,7 +524,7 @@ class Agent:
         admitted = self.people.admitted(users)
         if len(admitted) < len(users):
             at = max(admitted.values(), default=0.0)
-        news = self._believe(address, at, "fleet")
+        news = self._believe(address, at)
         key = elements.trusted_key(address, self.settings)
         if self._earned.get(key, 0.0) > time.time() and self.people.keeps():
             for who, last in admitted.items():
@@ -515,8 +532,8 @@ class Agent:
                     self.people.note(who, key, last)
         return news
 
-    def _believe(self, address: Address, at: float, by: str) -> bool:
-        """Trust an address that has logged in at some time; return whether that was news. The later login counts."""
+    def _believe(self, address: Address, at: float) -> bool:
+        """Trust an address that logged in on another host; return whether that was news. The later login counts."""
         until = at + self.settings["trusted"]["period"]
         key = elements.trusted_key(address, self.settings)
         known = self._earned.get(key, 0.0)
@@ -533,7 +550,7 @@ class Agent:
         except RefusedError:
             return False
         if until - known >= self.settings["trusted"]["period"] / 10:
-            self._record_trust(address, list(endings), until, by)
+            self._record_trust(address, list(endings), until, "fleet")
         return True
 
     def status(self) -> dict[str, Any]:
@@ -700,7 +717,12 @@ def _notify(state: str) -> None:
 def main() -> int:
     """Run the agent until SIGTERM; return its exit status."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    agent = Agent()
+    try:
+        agent = Agent()
+    except Exception:
+        log.exception("the agent cannot start")
+        time.sleep(1)  # systemd starts it again at once.
+        return 1
     server = Server(_listener(), agent.handle)
 
     def wind_up() -> None:

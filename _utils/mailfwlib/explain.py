@@ -127,9 +127,7 @@ def standing(address: Address, settings: Settings, kernel: netlink.Kernel) -> St
 
 def verdict(service: dict[str, Any], found: Standing, settings: Settings) -> Verdict:
     """Return what a new connection of an address to a service finds."""
-    decided = (
-        _unrestricted(service, found) or _guarded(service, found, settings) or _by_access(service, found, settings)
-    )
+    decided = _unrestricted(service, found) or _guarded(service, found) or _by_access(service, found, settings)
     if found.enforcing or decided.word == ACCEPTED:
         return decided
     return Verdict(ACCEPTED, f"mailfw:enforce is false; it would be {decided}", decided.rule)
@@ -151,7 +149,7 @@ def _unrestricted(service: dict[str, Any], found: Standing) -> Optional[Verdict]
     return None
 
 
-def _guarded(service: dict[str, Any], found: Standing, settings: Settings) -> Optional[Verdict]:
+def _guarded(service: dict[str, Any], found: Standing) -> Optional[Verdict]:
     """Return the verdict of the chain guarded, which every mode has: trusted networks, blocks, earned trust."""
     family, port = elements.family(found.address), service["port"]
     if "trusted" in found.networks:
@@ -161,7 +159,7 @@ def _guarded(service: dict[str, Any], found: Standing, settings: Settings) -> Op
     if found.blocked:
         return Verdict(REFUSED, f"blocked {blocked_text(found.blocked, found.at)}", f"set blocked_{family}")
     if port in found.trusted:
-        return Verdict(ACCEPTED, f"trusted {trusted_text(port, found, settings)}", f"set trusted_{family}")
+        return Verdict(ACCEPTED, f"trusted {trusted_text(port, found)}", f"set trusted_{family}")
     return None
 
 
@@ -216,12 +214,10 @@ def banned_text(role: str, found: Standing) -> str:
     return f"{_lasting(entry, found.at)}, by {entry.note or 'the rate'}"
 
 
-def trusted_text(port: int, found: Standing, settings: Settings) -> str:
+def trusted_text(port: int, found: Standing) -> str:
     """Return until when an address is trusted on a port, and by what: a login leaves no comment."""
     entry = found.trusted[port]
-    longer = entry.until is None or entry.until - found.at > settings["trusted"]["period"] + 1
-    by = entry.note or ("an operator" if longer else "a login, here or on another host of the fleet")
-    return f"{_time(entry, found.at)}, by {by}"
+    return f"{_time(entry, found.at)}, by {entry.note or 'a login, here or on another host of the fleet'}"
 
 
 def rate_text(role: str, found: Standing, settings: Settings) -> str:
@@ -302,7 +298,7 @@ def explain(address: Address, settings: Settings, kernel: netlink.Kernel, servic
         "decided_by": {name: one.rule for name, one in verdicts.items()},
         "networks": [f"mailfw:{kind}:networks_{elements.family(address)}" for kind in sorted(found.networks)],
         "trusted": {
-            service["name"]: trusted_text(service["port"], found, settings)
+            service["name"]: trusted_text(service["port"], found)
             for service in asked
             if service["port"] in found.trusted
         },

@@ -32,10 +32,9 @@ def end_sessions(user: str) -> int:
         return 0
     if _is_an_address(user):
         raise KickError("doveadm takes this name for an address: end its sessions by hand, see 'doveadm who'")
-    sessions = _run(tool, "-f", "tab", "who", "-1", "--", user).splitlines()[1:]
-    for name in dict.fromkeys(session.partition("\t")[0] for session in sessions):
-        _run(tool, "kick", "--", name)
-    return len(sessions)
+    found = _run(tool, "-f", "tab", "who", "-1", "--", user).splitlines()[1:]
+    _kick(tool, (session.partition("\t")[0] for session in found))
+    return len(found)
 
 
 def end_sessions_from(networks: Iterable[Network], spared: Iterable[Network]) -> list[Address]:
@@ -54,9 +53,20 @@ def end_sessions_from(networks: Iterable[Network], spared: Iterable[Network]) ->
     except sessions.SessionsError as err:
         raise KickError(str(err)) from err
     found = [one for one in everybody if _is_in(one, networks) and not _is_in(one, spared)]
-    for address in dict.fromkeys(found):
-        _run(tool, "kick", "--", str(address))
+    _kick(tool, map(str, found))
     return found
+
+
+def _kick(tool: str, whom: Iterable[str]) -> None:
+    """Kick each once; what fails with one keeps nobody else connected."""
+    problems = []
+    for one in dict.fromkeys(whom):
+        try:
+            _run(tool, "kick", "--", one)
+        except KickError as err:
+            problems.append(str(err))
+    if problems:
+        raise KickError("; ".join(dict.fromkeys(problems)))
 
 
 def _is_in(address: Address, networks: list[Network]) -> bool:

@@ -141,7 +141,7 @@ def _order(row: Row, by: str) -> tuple[float, ...]:
     return address if by == "address" else ({"remaining": -1, "ending": 1}[by] * _end(row.ends), *address)
 
 
-def said(row: Row, now: float, settings: Settings) -> dict[str, Any]:
+def said(row: Row, now: float) -> dict[str, Any]:
     """Return a row as people read it."""
     left = math.inf if row.ends is None else max(0, row.ends - now)
     return {
@@ -149,14 +149,12 @@ def said(row: Row, now: float, settings: Settings) -> dict[str, Any]:
         "address": elements.text(row.network),
         "where": list(row.where),
         "left": "forever" if row.ends is None else parse.duration_text(left),
-        "by": row.note or _by(row.kind, left, settings),
+        "by": row.note or _by(row.kind, left),
     }
 
 
-def _by(kind: str, left: float, settings: Settings) -> str:
+def _by(kind: str, left: float) -> str:
     """Return what has made an element without a comment."""
     if kind == "observed":
         return f"a try {parse.duration_text(max(0, OBSERVED - left))} ago"
-    if kind == "trusted" and left <= settings["trusted"]["period"] + _TOGETHER:
-        return "a login"
-    return "the rate" if kind == "banned" else "an operator"
+    return {"trusted": "a login", "banned": "the rate"}.get(kind, "an operator")

@@ -77,7 +77,8 @@ class Worker:
     def stop(self) -> None:
         """End the thread, as soon as an attempt that is under way has come to its end."""
         self._stopping.set()
-        self._thread.join(timeout=PATIENCE)
+        if self._thread.is_alive():  # Otherwise it has not been started yet.
+            self._thread.join(timeout=PATIENCE)
 
     def _run(self) -> None:
         while not self._stopping.wait(self._wait):

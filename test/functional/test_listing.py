@@ -23,7 +23,7 @@ def listed(
 ) -> list[dict[str, Any]]:
     asked = listing.Wanted(**wanted)
     found = listing.rows(host.call(snapshot.current, asked.sets()), asked, firewall.settings)
-    return [listing.said(row, time.time(), firewall.settings) for row in listing.in_order(found, sort, limit)]
+    return [listing.said(row, time.time()) for row in listing.in_order(found, sort, limit)]
 
 
 def name(source: str, firewall: Firewall) -> str:

@@ -112,11 +112,11 @@ def test_what_an_operator_has_ended_stays_so(
     if restarted:
         agent.restart()
     found = seed(agent, *CLIENTS)
-    assert found.keys() == set(CLIENTS)
-    assert all("an operator has ended its trust" in reason for reason in found.values())
+    reason = "an operator has ended its trust, and nobody has logged in since"
+    assert found == dict.fromkeys(CLIENTS, reason)
     kept = set(map(str, host.call(sessions.last_logins)))
     assert kept == (set() if restarted else set(CLIENTS.values())), "until the next start its file has them"
-    assert believe(agent, *CLIENTS.values(), ago=time.time() - before) == {}
+    assert believe(agent, *CLIENTS.values(), ago=time.time() - before) == dict.fromkeys(CLIENTS.values(), reason)
     assert [alice.connect(587, source) for source in CLIENTS] == ["refused", "refused"]
     for source in CLIENTS:
         agent.login(source)
@@ -132,8 +132,25 @@ def test_block_stays(agent: Agent, loaded: Firewall, alice: Client) -> None:
 
 def test_full_set_is_said(agent: Agent, firewall: Firewall) -> None:
     firewall.load(**PILLAR, sizes={"trusted": 1})
-    (reason,) = seed(agent, "198.51.100.10").values()
-    assert "A set is full" in reason
+    for verb in (lambda: seed(agent, "198.51.100.10"), lambda: believe(agent, "198.51.100.10", ago=HOUR)):
+        (reason,) = verb().values()
+        assert "A set is full" in reason
+
+
+@pytest.mark.parametrize("verb", ["seed", "believe"])
+def test_services_that_are_new_are_opened_for_who_is_trusted_already(
+    agent: Agent, firewall: Firewall, alice: Client, verb: str
+) -> None:
+    only = {**PILLAR, "roles": ["dovecot"]}
+    firewall.load(**only)
+    agent.configure(only)
+    for source in CLIENTS:
+        agent.login(source, f"{source}@example.org")
+    firewall.load(**PILLAR)
+    agent.configure(PILLAR)
+    assert [alice.connect(587, source) for source in CLIENTS] == ["refused", "refused"]
+    assert (seed(agent, *CLIENTS) if verb == "seed" else believe(agent, *CLIENTS.values(), ago=HOUR)) == {}
+    assert [alice.connect(587, source) for source in CLIENTS] == ["open", "open"]
 
 
 @pytest.mark.parametrize("user", ["", "a\nMAILFW_BY=b", "*", "x" * 300, "\u202eevil", "--help", "203.0.113.1"])

@@ -30,7 +30,7 @@ FOUND = {
 
 def rows(sort="address", limit=100, **wanted):
     found = listing.rows(FOUND, listing.Wanted(**wanted), DEFAULT)
-    return [listing.said(row, NOW, DEFAULT) for row in listing.in_order(found, sort, limit)]
+    return [listing.said(row, NOW) for row in listing.in_order(found, sort, limit)]
 
 
 def names(**wanted):
@@ -57,7 +57,7 @@ def test_rows_say_what_where_for_how_long_and_by_whom():
             "address": "2001:db8:0:1::/64",
             "where": [993],
             "left": "1d1h",
-            "by": "an operator",
+            "by": "a login",
         },
     ]
 

@@ -377,7 +377,7 @@ def test_hooks_are_in_order(root):
         "type filter hook input priority filter - 10; policy accept;",
         f"meta nfproto ipv6 {settled} @th,104,8 & 0x06 == 0x00 ip6 saddr != @blocked_ipv6 accept",
         f"meta nfproto ipv4 {settled} @th,104,8 & 0x06 == 0x00 ip saddr != @blocked_ipv4 accept",
-        "ct state established @th,104,8 & 0x17 != 0x02 jump open",
+        "ct state established meta l4proto tcp @th,104,8 & 0x17 != 0x02 jump open",
         'iif "lo" accept',
         "meta l4proto @break_glass counter name break_glass goto settled",
         "tcp dport vmap @services",
