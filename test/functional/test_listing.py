@@ -54,7 +54,8 @@ def test_who_would_be_refused_is_listed(firewall: Firewall, host: Host, alice: C
     source = alice.addresses(family)[0]
     assert alice.connect(587, source) == "open"
     (row,) = listed(firewall, host, networks=([parse.network(source)],))
-    assert (row["kind"], row["address"], row["where"]) == ("observed", name(source, firewall), [587])
+    assert (row["kind"], row["address"]) == ("observed", name(source, firewall))
+    assert 587 in row["where"], "beside it there may be the straggler of a connection of an earlier test"
     assert row["by"] in {f"a try {seconds}s ago" for seconds in range(9)}
 
 
