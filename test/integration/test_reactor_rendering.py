@@ -211,7 +211,7 @@ def test_whatever_an_event_holds_its_mail_has_a_line_of_ascii_for_each_field(
     compiler: salt.state.Compiler, data: dict[str, Any]
 ) -> None:
     compiler.opts["mailfw_mail"] = {"to": "operator@example.org"}
-    count = Path(compiler.opts["cachedir"], "mailfw_mail.json")
+    count = Path(compiler.opts["cachedir"], "mailfw_mail_open.json")
     count.parent.mkdir(parents=True, exist_ok=True)
     count.unlink(missing_ok=True)
     found = reactions(compiler, {"id": "mx1", "data": data}, tag="mailfw/open", file=EXAMPLE)
@@ -232,3 +232,34 @@ def test_whatever_an_event_holds_its_mail_has_a_line_of_ascii_for_each_field(
 def test_other_events_are_not_mailed(compiler: salt.state.Compiler, tag: str) -> None:
     compiler.opts["mailfw_mail"] = {"to": "operator@example.org"}
     assert reactions(compiler, {"id": "mx1", "data": {"host": "mx1"}}, tag=tag, file=EXAMPLE) == []
+
+
+def test_flood_of_one_tag_keeps_no_other_one_back_and_is_logged_once_an_hour(
+    compiler: salt.state.Compiler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler.opts["mailfw_mail"] = {"to": "operator@example.org"}
+    for count in Path(compiler.opts["cachedir"]).glob("mailfw_mail*"):
+        count.unlink()
+    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
+    now = time.time()
+
+    def mails(tag: str, events: int, at: float) -> int:
+        monkeypatch.setattr(time, "time", lambda: at)
+        return len(reactions(compiler, *[{"id": "mx1", "data": {"host": "mx1"}}] * events, tag=tag, file=EXAMPLE))
+
+    def logged() -> list[str]:
+        said = [one.getMessage() for one in caplog.records if "not mailed" in one.getMessage()]
+        caplog.clear()
+        return said
+
+    assert mails("mailfw/roaming", 80, now) == 30
+    assert logged() == ["mailfw: 1 events mailfw/roaming were not mailed: more than 30 an hour"]
+    assert mails("mailfw/open", 2, now) == 2
+    assert mails("mailfw/roaming", 10, now + 3599) == 0
+    assert logged() == []
+    assert mails("mailfw/roaming", 1, now + 3601) == 1
+    assert logged() == ["mailfw: 59 events mailfw/roaming were not mailed: more than 30 an hour"]
+    assert {one.name for one in Path(compiler.opts["cachedir"]).glob("mailfw_mail*")} == {
+        "mailfw_mail_roaming.json",
+        "mailfw_mail_open.json",
+    }

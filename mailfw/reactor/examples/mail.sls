@@ -3,7 +3,7 @@
 
 Any accepted minion can fire such an event with whatever it likes in it. So nothing of an event gets into a header, a
 command or the name of a file; in the body it is a line of ASCII for each field that is known; and nobody gets more than
-MOST mails an hour.
+MOST mails an hour for each tag. What is one too many for its tag keeps no other one from being mailed.
 """
 
 import json
@@ -20,7 +20,7 @@ EVENTS = {
     "mailfw/open": ("host", "until", "reason"),
     "mailfw/roaming": ("host", "user", "addresses"),
 }
-#: Mails within an hour, and characters of a field.
+#: Mails for each tag within an hour, and characters of a field.
 MOST, LONGEST = 30, 300
 
 log = logging.getLogger(__name__)
@@ -31,12 +31,11 @@ def run():
     ours, lines = __opts__.get("mailfw_mail") or {}, _lines(data.get("data"))
     if not ours.get("to") or not lines:
         return {}
-    count = _count(os.path.join(__opts__["cachedir"], "mailfw_mail.json"), time.time())
+    count = _count(next(known for known in EVENTS if known == tag), time.time())
     if count > MOST:
-        log.warning("mailfw: an event %s is not mailed: %s mails were sent within an hour", tag, MOST)
         return {}
     if count == MOST:
-        lines.append(f"This is mail {MOST} within an hour. What comes now is only in the master's log.")
+        lines.append(f"This is mail {MOST} of this kind within an hour. The master's log says how many more there are.")
     headers = [f"To: {ours['to']}", f"Subject: {tag}", "Auto-Submitted: auto-generated"]
     arguments = {
         "fun": "cmd.run",
@@ -64,14 +63,22 @@ def _text(name, value):
     return json.dumps(value)[:LONGEST]
 
 
-def _count(path, now):
-    """Return how many mails there are within an hour with this one, which is noted unless it is one too many."""
+def _count(known, now):
+    """Return how many mails for a tag there are within an hour with this one; those too many are counted and logged."""
+    path = os.path.join(__opts__["cachedir"], f"mailfw_mail_{known.rpartition('/')[2]}.json")
     try:
         with open(path, encoding="ascii") as stream:
-            recent = [at for at in json.load(stream) if now - 3600 < at <= now]
+            kept = json.load(stream)
     except (OSError, ValueError):
-        recent = []
+        kept = {"mailed": [], "dropped": 0, "logged": 0}
+    recent = [at for at in kept["mailed"] if now - 3600 < at <= now]
     if len(recent) < MOST:
-        with open(path, "w", encoding="ascii") as stream:
-            json.dump([*recent, now], stream)
+        kept["mailed"] = [*recent, now]
+    else:
+        kept["dropped"] += 1
+    if kept["dropped"] and not now - 3600 < kept["logged"] <= now:
+        log.warning("mailfw: %s events %s were not mailed: more than %s an hour", kept["dropped"], known, MOST)
+        kept.update(dropped=0, logged=now)
+    with open(path, "w", encoding="ascii") as stream:
+        json.dump(kept, stream)
     return len(recent) + 1
