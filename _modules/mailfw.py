@@ -1333,11 +1333,15 @@ def observed(service=None, role=None, network=None, limit=100):
     - ``services``: for each service the ``sources``, the ``times`` that they would have been refused, and how many of
       them have ``logged in``
     - ``rows``: ``address``; ``service``; ``times``: of blocked sources packets, of others connections; ``first`` and
-      ``last`` time; ``logged in``: the last login from there within 30 days, on any host; ``users`` who have logged in
-      from there within ``mailfw:trusted:period``, see ``mailfw:trusted:users``; for how long it is ``trusted`` now, on
-      that service. Those come first who have logged in, then those who have tried the most
+      ``last`` time, ``first`` None where that was before the agent looked; ``logged in``: the last login from there
+      within 30 days, on any host; ``users`` who have logged in from there within ``mailfw:trusted:period``, see
+      ``mailfw:trusted:users``; for how long it is ``trusted`` now, on that service, None over IPv6 where
+      ``mailfw:trusted:ipv6_prefix`` is longer than ``mailfw:autoban:ipv6_prefix``: some addresses of the row may be
+      trusted then, and others not. Those come first who have logged in, then those who have tried the most
     - ``of``: how many rows there are, shown or not
-    - ``warnings``, such as about what was dropped for want of room
+    - ``warnings``: what keeps this from being all: sets that are or were full, what was dropped for want of room. Look
+      at them before you enforce: whoever sends forged packets can fill the sets, and hides new sources as long as he
+      goes on
 
     service, role, network
         As for :py:func:`list`. Default: everything.
@@ -1357,34 +1361,24 @@ def observed(service=None, role=None, network=None, limit=100):
     tally = observing.Tally()
     levels = _kernel(lambda kernel: tally.look(kernel, now) if kernel.has(observing.SET) else {}, "the sets")
     found = observing.seen(tally, wanted, familiar.Familiar(), people.known(), host)
+    rows = _kernel(lambda kernel: [(one, observing.trust(one, kernel, host)) for one in found[:most]], "the sets")
     return {
         "observing": bool(levels),
         "since": f"{overview.ago(tally.since, now)} ago" if tally.until else "never",
         "until": f"{overview.ago(tally.until, now)} ago" if tally.until else "never",
         "services": observing.by_service(found, host),
-        "rows": _kernel(lambda kernel: [_observed_row(one, host, kernel, now) for one in found[:most]], "the sets"),
+        "rows": [observing.said(one, trusted, now, host) for one, trusted in rows],
         "of": len(found),
-        "warnings": _not_observed(tally, levels, host),
+        "warnings": _not_observed(tally, levels, host, now),
     }
 
 
-def _observed_row(one, host, kernel, now):
-    """Return a source that was observed, and for how long it is trusted on that port."""
-    address = elements.trusted_key(one.network.network_address, host)
-    found = kernel.element(f"trusted_{elements.family(address)}", netlink.key(address, one.port))
-    trusted = "" if found is None else _text(float("inf") if found.left is None else found.left)
-    return observing.said(one, trusted, now, host)
-
-
-def _not_observed(tally, levels, host):
+def _not_observed(tally, levels, host, now):
     """Return what keeps the answer from being all of it."""
     said = []
     if not levels:
         said.append("this host does not observe now: it has no rules with mailfw:enforce false")
-    if tally.dropped:
-        said.append(
-            f"{tally.dropped} sources and ports were dropped for want of room, those that had not logged in first"
-        )
+    said += observing.missing(tally, now)
     said += [
         f"the set {name} is full until the agent empties it, within minutes: see mailfw:sizes:observed"
         for name, count in levels.items()

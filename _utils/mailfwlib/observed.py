@@ -2,8 +2,9 @@
 
 The rules put each source and port into the sets ``observed``, with a counter. These are bounded, lose what was not seen
 for a week, and all of it with the table: the agent takes them over into a tally on disk, which is bounded as well. When
-a set is nearly full it is emptied after that, so that whoever fills it with forged packets hides nobody for long; of a
-tally that is full those go first who have never logged in, and were seen the least.
+a set is nearly full it is emptied after that; of a tally that is full those go first who have never logged in, and were
+seen the least. Whoever fills a set with forged packets, which takes seconds, hides new sources for as long as he goes
+on, and may have sources dropped that never logged in, by trying more: how often a set was full is kept as well.
 """
 
 from __future__ import annotations
@@ -31,10 +32,14 @@ PATH = DIRECTORY / "observed"
 FIRST_LINE = "mailfw observed 1"
 #: Sources times ports that are remembered, and the seconds since they were last seen.
 MOST, PERIOD = 50_000, 30 * 86400.0
+#: The part that is kept of a tally that has become too much: otherwise each new source would make it so again.
+KEPT = 0.9
 #: Seconds between two looks, and how many times the processor time of a look the pause after it is at least.
 LOOK, REST = 30.0, 50
 #: Seconds between two times that it is written to disk: what was seen meanwhile is in the kernel's sets.
 SAVE = 600.0
+#: Seconds without a look after which the first time of what was seen more than once is not known.
+AWAY = 3600.0
 #: A part of a set that is filled, from which on it is emptied.
 NEARLY_FULL = 0.75
 
@@ -46,10 +51,18 @@ KEY = {"ipv4": 8, "ipv6": 20}
 log = logging.getLogger("mailfw-agent")
 
 
+class Full(NamedTuple):
+    """How many looks have found a set full, which hides new sources; the first and last of them in Unix time."""
+
+    looks: int = 0
+    first: float = 0.0
+    last: float = 0.0
+
+
 class Count:
     """What a source would have been refused on a port: first and last time in Unix time, and how often in packets.
 
-    ``kernel``: the packets that the set's own counter had at the last look.
+    ``first``: 0 where it is not known. ``kernel``: the packets that the set's own counter had at the last look.
     """
 
     __slots__ = ("first", "kernel", "last", "times")
@@ -70,8 +83,9 @@ class Tally:
         self.counts: dict[bytes, Count] = {}
         #: Since when this was observed, and the last look, in Unix time, 0 for never.
         self.since = self.until = 0.0
-        #: Sources and ports that were dropped for want of room.
+        #: How many times a source and port was dropped for want of room.
         self.dropped = 0
+        self.full = Full()
         self._load()
 
     def __len__(self) -> int:
@@ -84,10 +98,11 @@ class Tally:
         except OSError:
             return
         try:
-            beginning, since, until, dropped = first.rsplit(" ", 3)
+            beginning, since, until, dropped, looks, began, last = first.rsplit(" ", 6)
             if beginning != FIRST_LINE:
                 raise ValueError(f"does not begin with {FIRST_LINE!r}")
-            self.since, self.until, self.dropped = _time(since), _time(until), int(dropped)
+            full = Full(int(looks), _time(began), _time(last))
+            self.since, self.until, self.dropped, self.full = _time(since), _time(until), int(dropped), full
         except ValueError as err:
             log.warning("%s is not what was observed: %s", self._path, err)
             return
@@ -101,7 +116,8 @@ class Tally:
 
     def save(self) -> None:
         """Put all of it on disk. Raises OSError."""
-        lines = [f"{FIRST_LINE} {self.since:.0f} {self.until:.0f} {self.dropped}"]
+        full = f"{self.full.looks} {self.full.first:.0f} {self.full.last:.0f}"
+        lines = [f"{FIRST_LINE} {self.since:.0f} {self.until:.0f} {self.dropped} {full}"]
         for key, one in self.counts.items():
             where = f"{address_of(key)} {port_of(key)}"
             lines.append(f"{where} {one.first:.0f} {one.last:.0f} {one.times} {one.kernel}")
@@ -109,8 +125,9 @@ class Tally:
 
     def look(self, kernel: netlink.Kernel, now: float) -> dict[str, int]:
         """Take over what the sets have; return how many elements each has: name -> elements. Raises OSError."""
-        if now - self.until > OBSERVED:  # Not the same observing any more.
-            self.counts, self.since, self.dropped = {}, now, 0
+        before = self.until
+        if now - before > OBSERVED:  # Not the same observing any more.
+            self.counts, self.since, self.dropped, self.full = {}, now, 0, Full()
         self.until, levels = now, {}
         for family in FAMILIES:
             name = f"observed_{family}"
@@ -118,17 +135,20 @@ class Tally:
             found = {key: (left, packets) for key, left, packets in kernel.tallies(name)}
             undisturbed = kernel.generation() == generation
             levels[name] = len(found)
-            self._take(found, now)
+            self._take(found, before, now)
             if undisturbed:  # Otherwise the kernel may have left some out.
                 self._begin_anew(family, found)
         return levels
 
-    def _take(self, found: dict[bytes, tuple[Optional[float], int]], now: float) -> None:
+    def _take(self, found: dict[bytes, tuple[Optional[float], int]], before: float, now: float) -> None:
+        """Add what a set has. ``before``: when it was looked at before this look."""
         for key, (left, packets) in found.items():
             last = now if left is None else min(now, now - OBSERVED + left)
             one = self.counts.get(key)
             if one is None:
-                self.counts[key] = Count(last, last, packets, packets)
+                # The kernel keeps the last time only, which may be days after the first that nobody has looked at.
+                known = packets == 1 or now - before <= AWAY
+                self.counts[key] = Count(last if known else 0.0, last, packets, packets)
                 continue
             # A set that was made anew, or emptied, counts from the beginning.
             one.times += packets - one.kernel if packets >= one.kernel else packets
@@ -147,16 +167,28 @@ class Tally:
         """Drop what is old or too much, and have sets emptied that are nearly full, or have made it too much.
 
         ``levels``: what the look has returned; ``empty`` is called with the name of a set, and may raise NftError.
+        Raises OSError when it cannot be put on disk: then no set is emptied.
         """
+        size = settings["sizes"]["observed"]
         for key in [key for key, one in self.counts.items() if now - one.last > PERIOD]:
             del self.counts[key]
+        if max(levels.values(), default=0) >= size:
+            self.full = Full(self.full.looks + 1, self.full.first or now, now)
         too_much = len(self.counts) > MOST
-        for name, count in levels.items():
-            if count and (too_much or count >= NEARLY_FULL * settings["sizes"]["observed"]):
-                empty(name)
-                self._begin_anew(name.rpartition("_")[2])
         if too_much:
             self._drop(familiar, settings["autoban"]["ipv6_prefix"])
+        self._empty(
+            [name for name, count in levels.items() if count and (too_much or count >= NEARLY_FULL * size)], empty
+        )
+
+    def _empty(self, names: list[str], empty: Callable[[str], None]) -> None:
+        """Have sets emptied; what is on disk has first what was in them, then that they count from the beginning."""
+        if names:
+            self.save()
+        for name in names:
+            empty(name)
+            self._begin_anew(name.rpartition("_")[2])
+            self.save()
 
     def _drop(self, familiar: Familiar, prefix: int) -> None:
         """Drop those first who have never logged in, and were seen the least."""
@@ -165,14 +197,14 @@ class Tally:
         def worth(item: tuple[bytes, Count]) -> tuple[bool, int, float]:
             return item[0][:-4] in known, item[1].times, item[1].last
 
-        kept = sorted(self.counts.items(), key=worth, reverse=True)[:MOST]
+        kept = sorted(self.counts.items(), key=worth, reverse=True)[: int(KEPT * MOST)]
         self.dropped += len(self.counts) - len(kept)
         self.counts = dict(kept)
 
     def expire(self, now: float) -> None:
         """Remove a tally of long ago from disk."""
         if self.until and now - self.until > PERIOD:
-            self.counts, self.since, self.until, self.dropped = {}, 0.0, 0.0, 0
+            self.counts, self.since, self.until, self.dropped, self.full = {}, 0.0, 0.0, 0, Full()
             self._path.unlink(missing_ok=True)
 
     def forget(self, address: Address) -> None:
@@ -319,14 +351,42 @@ def by_service(found: Iterable[Seen], settings: Settings) -> dict[str, dict[str,
     return said
 
 
-def said(one: Seen, trusted: str, now: float, settings: Settings) -> dict[str, Any]:
-    """Return a row as people read it. ``trusted``: for how long the source is now."""
+def trust(one: Seen, kernel: netlink.Kernel, settings: Settings) -> Optional[str]:
+    """Return for how long a source is trusted on its port now, empty when it is not. Raises OSError.
+
+    None where trust is for less than the whole source, over IPv6: who tried may be trusted, and others of it not.
+    """
+    address = elements.trusted_key(one.network.network_address, settings)
+    if one.network.prefixlen < elements.trusted_network(address, settings).prefixlen:
+        return None
+    found = kernel.element(f"trusted_{elements.family(address)}", netlink.key(address, one.port))
+    if found is None:
+        return ""
+    return "forever" if found.left is None else parse.duration_text(found.left)
+
+
+def missing(tally: Tally, now: float) -> list[str]:
+    """Return what keeps a tally from being all that would have been refused."""
+    found = []
+    if tally.full.looks:
+        between = f"first {overview.ago(tally.full.first, now)} ago, last {overview.ago(tally.full.last, now)} ago"
+        found.append(
+            f"a set was full at {tally.full.looks} looks of the agent, {between}: who was new then may be missing"
+        )
+    if tally.dropped:
+        times = f"{tally.dropped} times a source and port was dropped for want of room"
+        found.append(f"{times}, those first that had not logged in and tried the least")
+    return found
+
+
+def said(one: Seen, trusted: Optional[str], now: float, settings: Settings) -> dict[str, Any]:
+    """Return a row as people read it. ``trusted``: for how long the source is now, None where that is not known."""
     names = {service["port"]: service["name"] for service in settings["services"]}
     return {
         "address": elements.text(one.network),
         "service": names.get(one.port, str(one.port)),
         "times": one.tries.times,
-        "first": f"{overview.ago(one.tries.first, now)} ago",
+        "first": f"{overview.ago(one.tries.first, now)} ago" if one.tries.first else None,
         "last": f"{overview.ago(one.tries.last, now)} ago",
         "logged in": f"{overview.ago(one.login, now)} ago" if one.login else None,
         "users": list(one.users[:MOST_USERS]),

@@ -121,7 +121,8 @@ def test_set_that_somebody_fills_has_room_again(
     assert len(firewall.elements(f"observed_{family}")) == 8, "there is no room"
     agent.start()
     until(lambda: not firewall.elements(f"observed_{family}"), "the set is emptied")
-    until(lambda: all(tally(host).get((one, 587)) == 2 for one in many), "what was in it is kept")
+    assert all(tally(host).get((one, 587)) == 2 for one in many), "what was in it is on disk before it is emptied"
+    until(lambda: host.call(observed.Tally).full.looks == 1, "that it was full is kept")
     assert alice.connect(587, source) == "open"
     assert f"{key(source)} . 587" in firewall.elements(f"observed_{family}")
     agent.restart()
@@ -135,9 +136,31 @@ def test_more_than_the_agent_keeps_is_dropped_and_said(agent: Agent, loaded: Fir
     loaded.run(f"add element inet mailfw observed_ipv4 {{ {', '.join(f'{one} . 587' for one in many)} }}")
     agent.start()
     until(lambda: host.call(observed.Tally).dropped >= 100, "some are dropped", 30)
-    assert len(tally(host)) == observed.MOST
-    assert agent.status()["observed"] == observed.MOST
-    assert not loaded.elements("observed_ipv4")
+    kept = int(observed.MOST * observed.KEPT)
+    assert len(tally(host)) == kept
+    until(lambda: not loaded.elements("observed_ipv4"), "the set is emptied")
+    assert agent.status()["observed"] == kept
+
+
+@pytest.mark.parametrize(("lengths", "expected"), [((64, 64), "59m"), ((64, 48), "59m"), ((64, 128), None)])
+def test_trust_is_said_where_it_is_for_the_whole_source(
+    firewall: Firewall, host: Host, alice: Client, lengths: tuple[int, int], expected: str | None
+) -> None:
+    """Longer trusted prefixes than sources: one address of a source is trusted, another one may have tried."""
+    pillar = {**PILLAR, "autoban": {"ipv6_prefix": lengths[0]}, "trusted": {"ipv6_prefix": lengths[1]}}
+    firewall.load(**pillar)
+    source = alice.addresses("ipv6")[0]
+    assert alice.connect(587, source) == "open"
+    firewall.trust(source, ports=[587])
+
+    def look() -> list[str | None]:
+        kept, kernel, settings = observed.Tally(), netlink.Kernel(), firewall.settings
+        kept.look(kernel, time.time())
+        found = observed.seen(kept, listing.Wanted(), familiar.Familiar(), [], settings)
+        return [observed.trust(one, kernel, settings) for one in found if one.network.version == 6]
+
+    (said,) = host.call(look)
+    assert said is None if expected is None else said and said.startswith(expected), said
 
 
 def test_enforcing_host_keeps_what_was_observed_and_takes_no_more(

@@ -1,5 +1,6 @@
 """The tally of who would have been refused: what is counted, kept on disk, dropped and said."""
 
+import contextlib
 import ipaddress
 import logging
 import time
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mailfwlib import netlink, observed, parse, settings
+from mailfwlib import netlink, nft, observed, parse, settings
 from mailfwlib.familiar import OBSERVED, Familiar
 from mailfwlib.listing import Wanted
 
@@ -42,11 +43,12 @@ def familiar(tmp_path):
     return Familiar(tmp_path / "familiar")
 
 
+def counts_of(tally):
+    return {(str(observed.address_of(key)), observed.port_of(key)): one for key, one in tally.counts.items()}
+
+
 def counts(tally):
-    return {
-        (str(observed.address_of(key)), observed.port_of(key)): (NOW - one.first, NOW - one.last, one.times)
-        for key, one in tally.counts.items()
-    }
+    return {where: (NOW - one.first, NOW - one.last, one.times) for where, one in counts_of(tally).items()}
 
 
 def look(tally, now=NOW, disturbed=False, **sets):
@@ -63,11 +65,26 @@ def test_tries_add_up_over_looks(path):
     }
     look(tally, NOW + 60, observed_ipv4={(HOME, 587): (2, 7), (CAFE, 587): (1, 1)}, observed_ipv6={(NET, 993): (60, 1)})
     assert counts(tally) == {
-        (HOME, 587): (5, -58, 7),
+        (HOME, 587): (NOW, -58, 7),
         (CAFE, 587): (-59, -59, 1),
         (NET, 993): (0, 0, 1),
     }
     assert (tally.since, tally.until) == (NOW, NOW + 60)
+
+
+def test_first_time_is_said_only_where_it_is_known(path):
+    tally = observed.Tally(path)
+    look(tally, observed_ipv4={(HOME, 587): (0, 9), (HOME, 993): (60, 1)})
+    look(tally, NOW + 60, observed_ipv4={(CAFE, 587): (10, 9)})
+    look(tally, NOW + 60 + 86400, observed_ipv4={(CAFE, 25): (10, 9), (CAFE, 587): (10, 12)})
+    assert {where: one.first for where, one in (counts_of(tally)).items()} == {
+        (HOME, 587): 0,
+        (HOME, 993): NOW - 60,
+        (CAFE, 587): NOW + 50,
+        (CAFE, 25): 0,
+    }
+    tally.save()
+    assert counts(observed.Tally(path)) == counts(tally)
 
 
 @pytest.mark.parametrize("restarted", [False, True])
@@ -80,7 +97,7 @@ def test_set_that_was_emptied_counts_from_its_beginning(path, packets, restarted
         tally.save()
         tally = observed.Tally(path)
     look(tally, NOW + 120, observed_ipv4={(HOME, 587): (0, packets)})
-    assert counts(tally)[HOME, 587] == (0, -120, 3 + packets)
+    assert counts(tally)[HOME, 587] == (NOW, -120, 3 + packets)
 
 
 def test_what_the_kernel_leaves_out_of_a_disturbed_list_is_not_counted_twice(path):
@@ -88,7 +105,7 @@ def test_what_the_kernel_leaves_out_of_a_disturbed_list_is_not_counted_twice(pat
     look(tally, observed_ipv4={(HOME, 587): (0, 3)})
     look(tally, NOW + 60, disturbed=True)
     look(tally, NOW + 120, observed_ipv4={(HOME, 587): (120, 3)})
-    assert counts(tally)[HOME, 587] == (0, 0, 3)
+    assert counts(tally)[HOME, 587] == (NOW, 0, 3)
 
 
 def test_restart_loses_nothing_and_counts_nothing_twice(path):
@@ -98,7 +115,7 @@ def test_restart_loses_nothing_and_counts_nothing_twice(path):
     look(tally, NOW + 60, observed_ipv4={(HOME, 587): (0, 5)})  # killed before it was saved
     again = observed.Tally(path)
     look(again, NOW + 120, observed_ipv4={(HOME, 587): (60, 5), (CAFE, 25): (0, 1)})
-    assert counts(again) == {(HOME, 587): (0, -60, 5), (CAFE, 25): (-120, -120, 1)}
+    assert counts(again) == {(HOME, 587): (NOW, -60, 5), (CAFE, 25): (-120, -120, 1)}
     assert again.since == NOW
 
 
@@ -109,9 +126,11 @@ def test_restart_loses_nothing_and_counts_nothing_twice(path):
         b"\n",
         b"rubbish\n",
         b"mailfw observed 1 x y z\n",
-        b"mailfw observed 1 nan 1 1\n",
+        b"mailfw observed 1 1 1 1\n",
+        b"mailfw observed 1 nan 1 1 0 0 0\n",
+        b"mailfw observed 1 1 1 1 0 0 nan\n",
         b"\xff\xfe\n",
-        b"mailfw observed 2 1 1 0\n",
+        b"mailfw observed 2 1 1 0 0 0 0\n",
     ],
 )
 def test_file_that_is_none_is_begun_anew(path, damage, monkeypatch):
@@ -130,10 +149,10 @@ def test_lines_that_make_no_sense_are_left_out(path):
         f"{HOME} 587 1 2 3 3",
         "192.0.2.1 5",
     ]
-    path.write_text("\n".join([f"mailfw observed 1 {NOW} {NOW} 7", *lines]))
+    path.write_text("\n".join([f"mailfw observed 1 {NOW} {NOW} 7 2 {NOW} {NOW}", *lines]))
     tally = observed.Tally(path)
     assert [str(observed.address_of(key)) for key in tally.counts] == [HOME]
-    assert tally.dropped == 7
+    assert (tally.dropped, tally.full) == (7, (2, NOW, NOW))
 
 
 @given(st.lists(st.tuples(st.ip_addresses(), st.integers(0, 65535), st.integers(1, 2**40))))
@@ -163,18 +182,74 @@ def test_nearly_full_set_is_emptied_once_it_was_taken_over(path, familiar):
     look(tally, NOW + 1, disturbed=True, observed_ipv4={("192.0.2.0", 587): (0, 6)}, observed_ipv6={(NET, 993): (0, 1)})
     assert counts(tally)["192.0.2.0", 587][2] == 11
     assert counts(tally)[NET, 993][2] == 1
+    assert tally.full.looks == 0, "nobody was hidden"
+
+
+@pytest.mark.parametrize("crash", ["before it", "after it"])
+def test_crash_at_the_emptying_of_a_set_loses_nothing_and_counts_nothing_twice(path, familiar, crash):
+    pillar = settings.resolve({"enforce": False, "sizes": {"observed": 2}})
+    kernel = {"observed_ipv4": {(HOME, 587): (0, 5), (CAFE, 587): (0, 3)}}
+    on_disk = []
+
+    def empty(name):
+        on_disk.append({where: one.times for where, one in counts_of(observed.Tally(path)).items()})
+        if crash == "before it":
+            raise nft.NftError("killed")
+        kernel[name] = {}
+
+    tally = observed.Tally(path)
+    levels = look(tally, **kernel)
+    with contextlib.suppress(nft.NftError):
+        tally.tidy(levels, pillar, familiar, empty, NOW)
+    assert on_disk == [{(HOME, 587): 5, (CAFE, 587): 3}]
+    new = 5 if crash == "after it" else 0
+    kernel["observed_ipv4"][HOME, 587] = (0, 5)  # the same number, whether or not it was emptied
+    again = observed.Tally(path)
+    look(again, NOW + 60, **kernel)
+    assert counts_of(again)[HOME, 587].times == 5 + new
+    assert counts_of(again)[CAFE, 587].times == 3
+
+
+def test_set_that_cannot_be_put_on_disk_is_not_emptied(path, familiar):
+    pillar = settings.resolve({"enforce": False, "sizes": {"observed": 1}})
+    tally = observed.Tally(path / "not a directory")
+    path.write_text("")
+    levels, emptied = look(tally, observed_ipv4={(HOME, 587): (0, 5)}), []
+    with pytest.raises(OSError, match="File exists"):
+        tally.tidy(levels, pillar, familiar, emptied.append, NOW)
+    assert emptied == []
+
+
+def test_how_often_a_set_was_full_is_kept_and_said(path, familiar):
+    pillar = settings.resolve({"enforce": False, "sizes": {"observed": 2}})
+    tally = observed.Tally(path)
+    assert observed.missing(tally, NOW) == []
+    full = {(HOME, 587): (0, 1), (CAFE, 587): (0, 1)}
+    for now, found in ((NOW, full), (NOW + 60, {(HOME, 587): (0, 2)}), (NOW + 120, full)):
+        tidy(tally, familiar, now, pillar, **look(tally, now, observed_ipv4=found, observed_ipv6={}))
+    tally.save()
+    again = observed.Tally(path)
+    assert again.full == (2, NOW, NOW + 120)
+    assert observed.missing(again, NOW + 180) == [
+        "a set was full at 2 looks of the agent, first 3m ago, last 1m ago: who was new then may be missing"
+    ]
+    look(again, NOW + 120 + OBSERVED + 1)
+    assert again.full.looks == 0, "other observing"
 
 
 def test_strangers_are_dropped_first_then_who_tried_the_least(path, familiar, monkeypatch):
-    monkeypatch.setattr(observed, "MOST", 3)
+    monkeypatch.setattr(observed, "MOST", 4)
     familiar.note(parse.address(CAFE), time.time())
     tally = observed.Tally(path)
     levels = look(tally, observed_ipv4={(f"192.0.2.{n}", 587): (0, n) for n in range(1, 7)})
     assert tidy(tally, familiar, **levels) == ["observed_ipv4"]
     assert {address for address, _ in counts(tally)} == {CAFE, "192.0.2.5", "192.0.2.6"}
     assert tally.dropped == 3
-    tally.save()
-    assert observed.Tally(path).dropped == 3
+    assert observed.Tally(path).dropped == 3, "it is on disk before the set is emptied"
+    assert "3 times a source and port was dropped" in observed.missing(tally, NOW)[0]
+    levels = look(tally, NOW + 60, observed_ipv4={(HOME, 25): (0, 1)})
+    assert tidy(tally, familiar, **levels) == [], "there is room for new ones"
+    assert (len(tally), tally.dropped) == (4, 3)
 
 
 def test_what_is_old_is_dropped(path, familiar):
@@ -224,7 +299,7 @@ def test_report_says_who_has_logged_in_first(path, familiar):
         "address": CAFE,
         "service": "submission",
         "times": 2,
-        "first": "1m ago",
+        "first": None,
         "last": "1m ago",
         "logged in": "1h ago",
         "users": ["0" * 16, "user:bob"],
