@@ -238,7 +238,9 @@ def test_flood_of_one_tag_keeps_no_other_one_back_and_is_logged_once_an_hour(
     compiler: salt.state.Compiler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     compiler.opts["mailfw_mail"] = {"to": "operator@example.org"}
-    for count in Path(compiler.opts["cachedir"]).glob("mailfw_mail*"):
+    directory = Path(compiler.opts["cachedir"])
+    directory.mkdir(parents=True, exist_ok=True)
+    for count in directory.glob("mailfw_mail*"):
         count.unlink()
     monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
     now = time.time()
@@ -259,7 +261,5 @@ def test_flood_of_one_tag_keeps_no_other_one_back_and_is_logged_once_an_hour(
     assert logged() == []
     assert mails("mailfw/roaming", 1, now + 3601) == 1
     assert logged() == ["mailfw: 59 events mailfw/roaming were not mailed: more than 30 an hour"]
-    assert {one.name for one in Path(compiler.opts["cachedir"]).glob("mailfw_mail*")} == {
-        "mailfw_mail_roaming.json",
-        "mailfw_mail_open.json",
-    }
+    counts = {one.name for one in directory.glob("mailfw_mail*")}
+    assert counts == {"mailfw_mail_roaming.json", "mailfw_mail_open.json"}
