@@ -42,7 +42,8 @@ class Bans:
     def __init__(self, tell: Callable[[Ban], None]):
         self._tell = tell
         self._kernel = netlink.Kernel()
-        self._count: int | None = None
+        #: The table and how often its rules had found a source above the rate, at the last look.
+        self._counted: tuple[bytes | None, int] | None = None
         self._known: dict[tuple[str, str, str], float] = {}
         self._worker = Worker("bans", "bans cannot be looked at", self._tell_new, self._pause)
 
@@ -67,12 +68,12 @@ class Bans:
 
     def _new(self) -> list[Ban]:
         """Return the bans that were not there at the last look."""
-        count = self._kernel.counter("over_rate")
-        if count is None or count == self._count:
+        table, count = self._kernel.table(), self._kernel.counter("over_rate")
+        if count is None or (table, count) == self._counted:
             return []
         seen = self._seen()
         found = [Ban(*key, until) for key, until in seen.items() if until > self._known.get(key, 0.0) + _ROUNDING]
-        self._count, self._known = count, seen
+        self._counted, self._known = (table, count), seen
         return found
 
     def _seen(self) -> dict[tuple[str, str, str], float]:

@@ -82,15 +82,20 @@ class Kernel:
         found = next(iter(self._ask(_GET_GENERATION, _REQUEST, 0)), {})
         return int.from_bytes(found.get(_GENERATION_ID, b""), "big")
 
+    def table(self) -> Optional[bytes]:
+        """Return the handle of the table, another one each time that it is made anew; None when there is none."""
+        found = self._get(_GET_TABLE, _attribute(_TABLE_NAME, _NAME))
+        return None if found is None else found[_TABLE_HANDLE]
+
     def fingerprint(self, static: Iterable[str]) -> str:
         """Return what changes when chains, rules, sets or counters do, or the elements of the ``static`` maps and sets.
 
         It does not change with the elements that logins and rules add and remove. Empty when there is no table.
         """
-        tables = [found for found in self._ask(_GET_TABLE) if found.get(_TABLE_NAME) == _NAME]
-        if not tables:
+        table_handle = self.table()
+        if table_handle is None:
             return ""
-        digest = hashlib.sha256(tables[0][_TABLE_HANDLE])
+        digest = hashlib.sha256(table_handle)
         for kind, (table, handle) in _KINDS.items():
             handles = sorted(found[handle] for found in self._ask(kind) if found.get(table) == _NAME)
             digest.update(b"%d:" % kind + b"".join(handles))

@@ -119,6 +119,17 @@ def test_nothing_is_listed_while_nobody_is_banned(host: Host, loaded: Firewall, 
     assert look()[0] == 1
 
 
+def test_ban_in_a_table_that_is_new_is_told(host: Host, loaded: Firewall, alice: Client, mallory: Client) -> None:
+    """Its counters may be where those of the last one were."""
+    bans = host.call(Bans, print)
+    exceed(alice, alice.ipv4[0])
+    assert [one.address for one in host.call(bans._new)] == [alice.ipv4[0]]
+    loaded.unload()
+    loaded.load(**PILLAR)
+    exceed(mallory, mallory.ipv4[0])
+    assert [one.address for one in host.call(bans._new)] == [mallory.ipv4[0]]
+
+
 def test_trust_is_told_when_it_is_news(agent: Agent, journal: SystemJournal, family: str) -> None:
     source, other = {"ipv4": ("192.0.2.1", "192.0.2.2"), "ipv6": ("2001:db8:1::1", "2001:db8:2::1")}[family]
     names = [source, other] if family == "ipv4" else ["2001:db8:1::/64", "2001:db8:2::/64"]
