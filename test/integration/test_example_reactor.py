@@ -44,10 +44,18 @@ def _reacting(fleet: Fleet) -> Iterator[None]:
             assert not fleet.apply(mx1).failed
             main.write_text(yaml.safe_dump(configuration))
             configure(fleet)
+            wait_for("the master to react", lambda: reacts(fleet), limit=120)
             yield
     finally:
         main.write_text(before)
         configure(fleet)
+
+
+def reacts(fleet: Fleet) -> bool:
+    """Fire an event, and return whether there is a mail: what is fired just after the master's start may be lost."""
+    fleet.call(fleet.hosts["mx1"], "event.send", "mailfw/healed", {"host": "mx1"})
+    time.sleep(1)
+    return bool(mails(fleet))
 
 
 def configure(fleet: Fleet) -> None:
