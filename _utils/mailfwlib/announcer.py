@@ -175,6 +175,7 @@ class Announcer:
                 self._put(who, at)
         if late:
             self._wait = min(self._wait * 2, LONGEST_WAIT)
+            self._link.missed()
 
     def _send_waiting(self) -> None:
         """Send what waits, as many logins as one message takes; without a key the fleet is not told of them."""

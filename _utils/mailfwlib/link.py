@@ -3,7 +3,8 @@
 That the master can be reached does not say that this host hears it: for seconds after a restart the master has no
 minion to publish to, and after a network was cut the kernel takes its time to send again what it could not. So once
 it is back a message goes out, an empty one when there is nothing to tell, until one has come back; and meanwhile, and
-once more then, the minion asks the master for what this host has missed.
+once more then, the minion asks the master for what this host has missed. It asks as well when a message has come back
+after one that has not: the master may have been restarted between two looks of the helper, and others' are lost, too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Link:
         self.up = True
         #: Nothing has come back since the master could be reached again.
         self.unproven = False
+        self._has_missed = False
         self._ask_at = math.inf
         self._pause = FIRST_PAUSE
 
@@ -36,9 +38,13 @@ class Link:
 
     def echoed(self, now: float) -> None:
         """Note that a message has come back."""
-        if self.unproven:
-            self.unproven = False
+        if self.unproven or self._has_missed:
+            self.unproven = self._has_missed = False
             self._ask_at = now
+
+    def missed(self) -> None:
+        """Note that a message has not come back in time."""
+        self._has_missed = True
 
     def must_ask(self, now: float) -> bool:
         """Return whether it is time to ask for what was missed."""

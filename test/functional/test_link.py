@@ -146,6 +146,16 @@ def test_a_host_that_can_be_reached_again_asks_for_what_it_has_missed_until_it_h
     assert stays(lambda: agent.events().count(CATCH_UP) == asked + 1 and len(announced(agent)) == 2, 1)
 
 
+def test_a_host_that_has_heard_nothing_for_a_while_asks_for_what_it_has_missed(agent: Agent) -> None:
+    """The master was restarted, say, too fast for the helper to see it: then what others told is missing as well."""
+    agent.login("203.0.113.1")
+    until(lambda: len(announced(agent)) == 2, "announced again", 8)
+    assert CATCH_UP not in agent.events()
+    echo(agent)
+    until(lambda: CATCH_UP in agent.events(), "asks when it hears again", 1.5)
+    assert stays(lambda: agent.events().count(CATCH_UP) == 1 and len(announced(agent)) == 2, 1)
+
+
 def test_a_helper_that_has_ended_is_no_reason_to_wait(agent: Agent, helper: Helper) -> None:
     helper.say("down")
     agent.login("203.0.113.1")
