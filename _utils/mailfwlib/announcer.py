@@ -33,7 +33,7 @@ WINDOW = 0.25
 #: Seconds after which a message without an echo is sent again: doubled each time, until one comes back. The next
 #: message waits half as long for it.
 FIRST_WAIT = 5.0
-LONGEST_WAIT = 10.0
+LONGEST_WAIT = 7.0
 #: Logins that may wait for their echo; beyond that the oldest is dropped, and counted.
 MOST_WAITING = 100_000
 #: One in so many that are dropped is logged.
