@@ -17,7 +17,7 @@ demo: packages $(VENV)/done
 
 # One pytest run, so that its summary counts everything; most tests wait more than they work, so three run at a time.
 test: lint
-	$(PYTEST) --numprocesses 3 --dist loadgroup
+	$(PYTEST) --numprocesses 3 --dist loadgroup --durations=20
 
 lint: $(VENV)/done
 	$(VENV)/bin/ruff check .
