@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,6 @@ PILLAR: dict[str, Any] = {
     "fleet": {"keys": [KEY]},
     "trusted": {"users": "plain"},
 }
-
-
-@pytest.fixture
-def loaded(firewall: Firewall) -> Firewall:
-    firewall.load(**PILLAR)
-    return firewall
-
-
-@pytest.fixture
-def agent(loaded: Firewall, host: Host, tmp_path: Path) -> Iterator[Agent]:
-    """An agent that looks a second after each start, and not again within this test."""
-    made = Agent(host, tmp_path, PILLAR)
-    yield made
-    made.close()
 
 
 def tally(host: Host) -> dict[tuple[str, int], int]:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,19 +25,6 @@ PILLAR: dict[str, Any] = {
     "fleet": {"keys": [KEY]},
     "trusted": {"period": "1d", "per_user": 3},
 }
-
-
-@pytest.fixture
-def loaded(firewall: Firewall) -> Firewall:
-    firewall.load(**PILLAR)
-    return firewall
-
-
-@pytest.fixture
-def agent(loaded: Firewall, host: Host, tmp_path: Path) -> Iterator[Agent]:
-    made = Agent(host, tmp_path, PILLAR)
-    yield made
-    made.close()
 
 
 def seed(agent: Agent, *sources: str, user: str | None = None) -> dict[str, str]:
