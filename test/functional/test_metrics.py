@@ -321,7 +321,7 @@ def test_refused_familiar_addresses_are_in_status_metrics_and_log(
 def test_alert_fires_when_a_familiar_address_is_banned(
     agent: Agent, loaded: Firewall, host: Host, textfiles: Path, tmp_path: Path, alice: Client, mallory: Client
 ) -> None:
-    with closing(Prometheus(host, tmp_path, str(textfiles))) as prometheus:
+    with closing(Prometheus(host, host.ipv4, str(textfiles), host, tmp_path)) as prometheus:
         until(lambda: prometheus.query("mailfw_rules_loaded"), "the series are there", 10)
         come_once(agent, loaded, alice.ipv4[0])
         for client in (mallory, alice):

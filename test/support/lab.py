@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 from lab.lablib import hosts
 from lab.lablib.shell import LabError
+from lab.lablib.topology import CLIENTS, HOSTS
+from support.net import Elsewhere
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAB = REPOSITORY / "test/lab/lab"
@@ -83,6 +85,12 @@ def client(name: str, do: str, **arguments: Any) -> Any:
     if "error" in answer:
         raise LabError(f"{name}: {do}: {answer['error']}")
     return answer["result"]
+
+
+def network(name: str) -> Elsewhere:
+    """Return the network of a host or a client, for programs of this machine."""
+    (node,) = (node for node in (*HOSTS, *CLIENTS) if node.name == name)
+    return Elsewhere(node.namespace)
 
 
 class Ongoing:

@@ -47,13 +47,16 @@ class Namespace:
     """A network namespace, and threads that live in it: what they do, and the processes they start, is in there."""
 
     def __init__(self, name: str):
-        self.name = name
         subprocess.run(["ip", "netns", "add", name], check=True)
-        self._threads = ThreadPoolExecutor(64, name, self._enter)
+        self._live_in(name)
         self.ip("link set lo up")
         for conf in ("all", "default"):
             # Addresses are usable at once, and link-local ones, which nobody needs, do not disturb the packets.
             self.call(Path(f"/proc/sys/net/ipv6/conf/{conf}/accept_dad").write_text, "0")
+
+    def _live_in(self, name: str) -> None:
+        self.name = name
+        self._threads = ThreadPoolExecutor(64, name, self._enter)
 
     def _enter(self) -> None:
         with open(f"/run/netns/{self.name}", "rb") as file:
@@ -80,6 +83,13 @@ class Namespace:
     def close(self) -> None:
         """End the threads."""
         self._threads.shutdown(cancel_futures=True)
+
+
+class Elsewhere(Namespace):
+    """A network namespace that is there already."""
+
+    def __init__(self, name: str):
+        self._live_in(name)
 
 
 class Host(Namespace):

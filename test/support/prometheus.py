@@ -1,4 +1,4 @@
-"""Debian's Prometheus and node_exporter on the mail host, as they would be there, and what Prometheus answers."""
+"""Debian's node_exporter on the mail host, as it would be there, and a Prometheus: what that answers."""
 
 from __future__ import annotations
 
@@ -10,18 +10,12 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from support.net import LIMIT, REPOSITORY, Host, until
+from support.net import LIMIT, REPOSITORY, Namespace, until
 
 #: Where test/install-packages has put the programs.
 PROGRAMS = Path(os.environ.get("MAILFW_CACHE", "/var/cache/mailfw")) / "prometheus/usr/bin"
-#: Where node_exporter and Prometheus listen.
-EXPORTER, SERVER = f"{Host.ipv4}:9100", f"{Host.ipv4}:9090"
-
-_CONFIGURATION = {
-    "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-    "rule_files": [str(REPOSITORY / "mailfw/monitoring/alerts.yml")],
-    "scrape_configs": [{"job_name": "node", "static_configs": [{"targets": [EXPORTER]}]}],
-}
+#: Where Prometheus listens.
+SERVER = "127.0.0.1:9090"
 
 
 def promtool(*arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -32,33 +26,42 @@ def promtool(*arguments: str, text: str | None = None) -> subprocess.CompletedPr
 
 
 class Prometheus:
-    """node_exporter with the text files of a directory, and a Prometheus that asks it every second."""
+    """node_exporter with the text files of a directory, and a Prometheus that asks it every second.
 
-    def __init__(self, host: Host, directory: Path, textfiles: str):
-        self._host = host
+    ``host``: where node_exporter runs, at ``address``. ``server``: where Prometheus runs, its files in ``directory``.
+    """
+
+    def __init__(self, host: Namespace, address: str, textfiles: str, server: Namespace, directory: Path):
+        self._server = server
         self._processes: list[subprocess.Popen[bytes]] = []
+        exporter = f"{address}:9100"
         configuration = directory / "prometheus.yml"
-        configuration.write_text(json.dumps(_CONFIGURATION), encoding="utf-8")  # JSON is YAML
+        asked = {
+            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+            "rule_files": [str(REPOSITORY / "mailfw/monitoring/alerts.yml")],
+            "scrape_configs": [{"job_name": "node", "static_configs": [{"targets": [exporter]}]}],
+        }
+        configuration.write_text(json.dumps(asked), encoding="utf-8")  # JSON is YAML
         self._log = directory / "prometheus.log"
         collector = (
             "--collector.disable-defaults",
             "--collector.textfile",
             f"--collector.textfile.directory={textfiles}",
         )
-        self._start("prometheus-node-exporter", f"--web.listen-address={EXPORTER}", *collector)
+        self._start(host, "prometheus-node-exporter", f"--web.listen-address={exporter}", *collector)
         storage = f"--storage.tsdb.path={directory / 'tsdb'}"
-        self._start("prometheus", f"--web.listen-address={SERVER}", f"--config.file={configuration}", storage)
+        self._start(server, "prometheus", f"--web.listen-address={SERVER}", f"--config.file={configuration}", storage)
         until(lambda: self.query("up == 1"), "Prometheus has asked node_exporter", LIMIT)
 
-    def _start(self, program: str, *arguments: str) -> None:
+    def _start(self, place: Namespace, program: str, *arguments: str) -> None:
         # If the thread that has started it ends, with the test run or without, the process ends as well.
         command = ["setpriv", "--pdeathsig", "KILL", str(PROGRAMS / program), *arguments]
         with self._log.open("ab") as log:
-            self._processes.append(self._host.call(subprocess.Popen, command, stdout=log, stderr=log))
+            self._processes.append(place.call(subprocess.Popen, command, stdout=log, stderr=log))
 
     def _get(self, path: str) -> Any:
         try:
-            with self._host.call(urllib.request.urlopen, f"http://{SERVER}/api/v1/{path}", timeout=LIMIT) as answer:
+            with self._server.call(urllib.request.urlopen, f"http://{SERVER}/api/v1/{path}", timeout=LIMIT) as answer:
                 return json.load(answer)["data"]
         except OSError:  # It does not listen yet.
             return {}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from pathlib import Path
+
 from mailfwlib.settings import METRICS_DIRECTORY
 from support import lab
+from support.prometheus import Prometheus
 
 from .conftest import on_both_hosts
 
@@ -26,3 +30,24 @@ def test_metrics_are_written_once_node_exporter_is_there(fleet, host):
         assert FILE in str(removed)
     finally:
         lab.run(host, "rm", "-r", "/var/lib/prometheus")
+
+
+def test_prometheus_elsewhere_asks_a_host(fleet, tmp_path: Path) -> None:
+    """node_exporter runs in the network of mx1 and reads its text files; Prometheus is somewhere in the network."""
+    lab.run("mx1", "mkdir", "-p", METRICS_DIRECTORY)
+    boot = lab.lab("pid", "mx1").stdout.strip()
+    try:
+        with (
+            closing(lab.network("mx1")) as host,
+            closing(lab.network("home")) as home,
+            closing(
+                Prometheus(host, lab.ADDRESSES["mx1"][0], f"/proc/{boot}/root{METRICS_DIRECTORY}", home, tmp_path)
+            ) as prometheus,
+        ):
+            lab.wait_until(lambda: prometheus.query("mailfw_rules_loaded == 1"), "the host's figures are there")
+            logins = prometheus.query("mailfw_logins_total")
+            lab.client("cafe", "login", address=lab.ADDRESSES["mx1"][0])
+            lab.wait_until(lambda: prometheus.query("mailfw_logins_total") != logins, "a login is counted", 30)
+            assert prometheus.firing() == set()
+    finally:
+        lab.run("mx1", "rm", "-r", "/var/lib/prometheus")
