@@ -37,6 +37,8 @@ class Keeper:
         self._snapshot_at = 0.0
         self._next_snapshot = time.monotonic()
         self._pause = LOOK
+        #: The last repair has failed.
+        self._has_failed = False
         #: Since when elements may be missing, while a repair is not known to be done.
         self._unfinished: float | None = None
         self.heals = 0
@@ -90,8 +92,11 @@ class Keeper:
             self._unfinished = self._snapshot_at
         done = self._start("load")
         if done.returncode:
-            self._pause = PATIENCE
+            # Somebody may have altered them again in the middle of it: the second attempt is soon.
+            self._pause = PATIENCE if self._has_failed else LOOK
+            self._has_failed = True
             raise WorkError(f"they were altered, and the repair fails: {done.stderr.strip()}")
+        self._has_failed = False
         self.heals += 1
         log.warning("the rules were altered by somebody and are repaired:\n%s", done.stdout.strip())
         self._finish([line.partition(": ")[2] for line in done.stdout.splitlines() if line.startswith("altered: ")])

@@ -18,6 +18,7 @@ OTHERS = {
     r"/run/systemd/journal/seqnum": "the number of the last line of the journal",
     r"/run/(salt-master\.pid|systemd/units/invocation:salt-master\.service)": "the restarted master's",
     r"/run/systemd/journal/streams/.*": "one for each service that runs",
+    r"/run/systemd/namespace-.*": "made while a service that has file systems of its own starts",
     r"/run/systemd/transient": "systemd's, since somebody first used systemd-run, as Salt does",
 }
 _OTHERS = re.compile("|".join(OTHERS))

@@ -49,6 +49,8 @@ def test_observe_seed_and_enforce(fleet):
         for host in HOSTS:
             seeded = lab.salt(host, "mailfw.seed")[host]
             again = lab.salt(host, "mailfw.seed")[host]
-            assert (seeded["problems"], again["problems"], again["rows"]) == ([], [], [])
+            assert seeded["problems"] == again["problems"] == []
+            # Other tests have ended the trust of some addresses; they stay so.
+            assert not [row for row in again["rows"] if "an operator has ended" not in row["result"]]
         assert submission("town") == ["open"] * 2
         assert submission("bot") == ["refused"] * 2
