@@ -153,7 +153,7 @@ def test_a_ban_by_the_rules(fleet: Fleet, mx1: MailHost) -> None:
     try:
         with listener:
             for _ in range(MOST_CONNECTIONS):
-                if f"{NETWORK}.1" in mx1.host.elements("banned_dovecot_ipv4"):
+                if f'"{NETWORK}.1"' in json.dumps(mx1.host.elements("banned_dovecot_ipv4")):
                     break
                 with socket.create_connection((mail_host, 993), 5), listener.accept()[0] as server:
                     server.sendall(b"* OK\r\n")

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 from lab.lablib import hosts
 from lab.lablib.shell import LabError
-from lab.lablib.topology import CLIENTS, HOSTS
 from support.net import Elsewhere
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -89,7 +88,7 @@ def client(name: str, do: str, **arguments: Any) -> Any:
 
 def network(name: str) -> Elsewhere:
     """Return the network of a host or a client, for programs of this machine."""
-    (node,) = (node for node in (*HOSTS, *CLIENTS) if node.name == name)
+    (node,) = (node for node in (*hosts.HOSTS, *hosts.CLIENTS) if node.name == name)
     return Elsewhere(node.namespace)
 
 
