@@ -13,6 +13,7 @@ Verbs that change something can be repeated, say what was before, and leave a li
 who asked for it: ``journalctl -t mailfw``, or ``journalctl MAILFW_ADDRESS=192.0.2.1``.
 """
 
+import contextlib
 import glob
 import json
 import logging
@@ -200,18 +201,29 @@ def _end_sessions(networks, ports, host):
     """End some networks' open sessions on some ports, but for trusted networks'; return how many there were."""
     if not host["enforce"]:
         return 0
-    ended = 0
-    try:
-        direct = {address for address, _, _ in sockets.connections(ports)}
-        for network in networks:
+    ended, direct = 0, set()
+    # Dovecot cannot be asked to end some of its services only.
+    has_dovecot = "dovecot" in host["roles"] and _ports_of("dovecot", host) <= set(ports)
+    if has_dovecot:
+        with _warned(networks):
+            direct = {address for address, _, _ in sockets.connections(ports)}
+    for network in networks:
+        with _warned([network]):
             ended += sockets.end(network, ports, host["trusted"][f"networks_ipv{network.version}"])
-        # Those whose connection is a proxy's. Dovecot cannot be asked to end some of its services only.
-        if "dovecot" in host["roles"] and _ports_of("dovecot", host) <= set(ports):
-            spared = [parse.network(one) for family in schema.FAMILIES for one in host["trusted"][f"networks_{family}"]]
+    if has_dovecot:  # Those whose connection is a proxy's.
+        spared = [parse.network(one) for family in schema.FAMILIES for one in host["trusted"][f"networks_{family}"]]
+        with _warned(networks):
             ended += sum(address not in direct for address in kick.end_sessions_from(networks, spared))
+    return ended
+
+
+@contextlib.contextmanager
+def _warned(networks):
+    """Log why some sessions are not ended, and go on with the others."""
+    try:
+        yield
     except (sockets.SocketsError, kick.KickError) as err:
         log.warning("mailfw: sessions of %s are not ended at once: %s", ", ".join(map(str, networks)), err)
-    return ended
 
 
 def _ports_of(role, host):
@@ -334,22 +346,28 @@ def _dovecot(without=None):
         raise CommandExecutionError(f"Dovecot's configuration cannot be read:\n{err}") from err
 
 
-def _address(value):
+def _parsed(name, parser, value):
+    """Return what a parser makes of an argument."""
     try:
-        return parse.address(value)
+        return parser(value)
     except ValueError as err:
-        raise SaltInvocationError(f"address {value!r}: {err}") from err
+        raise SaltInvocationError(f"{name} {value!r:.80}: {err}") from err
+
+
+def _address(value):
+    return _parsed("address", parse.address, value)
 
 
 def _source(value, host):
     """Return the address or network that is meant, if the sets take it."""
-    try:
-        source = parse.network(value) if "/" in str(value) else parse.address(value)
+
+    def parsed(text):
+        source = parse.network(text) if "/" in str(text) else parse.address(text)
         elements.trusted_keys(source, host)
         elements.source_keys(source, host)
-    except ValueError as err:
-        raise SaltInvocationError(f"address {value!r}: {err}") from err
-    return source
+        return source
+
+    return _parsed("address", parsed, value)
 
 
 def _trusted_text(source, host):
@@ -369,24 +387,15 @@ def _who(kwargs):
 
 
 def _reason(value):
-    try:
-        return audit.reason(value)
-    except ValueError as err:
-        raise SaltInvocationError(f"reason {value!r:.80}: {err}") from err
+    return _parsed("reason", audit.reason, value)
 
 
 def _user(value):
-    try:
-        return people.name(value)
-    except ValueError as err:
-        raise SaltInvocationError(f"user {value!r:.80}: {err}") from err
+    return _parsed("user", people.name, value)
 
 
 def _period(value):
-    try:
-        return parse.duration(value)
-    except ValueError as err:
-        raise SaltInvocationError(f"period {value!r}: {err}") from err
+    return _parsed("period", parse.duration, value)
 
 
 def _list(value):
@@ -1283,7 +1292,7 @@ def _wanted(host, kind, service, role, network, user):
         asked = _ports(service, host)
         known = [one for one in host["services"] if one["port"] in asked and one["role"] in roles]
         ports, roles = frozenset(one["port"] for one in known), {one["role"] for one in known}
-    within = [] if network is None else [[_network(one) for one in _list(network)]]
+    within = [] if network is None else [[_parsed("network", parse.network, one) for one in _list(network)]]
     if user is not None:
         within.append(_places(user, host))
     return listing.Wanted(frozenset(kinds), ports, frozenset(roles), tuple(within))
@@ -1303,13 +1312,6 @@ def _listed(wanted):
         return snapshot.current(wanted.sets())
     except nft.NftError as err:
         raise CommandExecutionError(f"{err}; see mailfw.status") from err
-
-
-def _network(value):
-    try:
-        return parse.network(value)
-    except ValueError as err:
-        raise SaltInvocationError(f"network {value!r:.80}: {err}") from err
 
 
 def _choice(name, value, accepted):

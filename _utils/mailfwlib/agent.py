@@ -231,7 +231,7 @@ class Agent:
 
         Raises RefusedError.
         """
-        reason = elements.never_trusted(address, self.settings) or sockets.own_address(address)
+        reason = self._never(address)
         if not reason:
             self.monitor.familiar.note(address, now)
         until = now + self.settings["trusted"]["period"]
@@ -249,6 +249,10 @@ class Agent:
             self._record_trust(address, list(endings), until, by)
             self.counts["announced"] += 1
         return ""
+
+    def _never(self, address: Address) -> str:
+        """Return why no login makes an address trusted, whatever the mode; empty if one may."""
+        return elements.never_trusted(address, self.settings) or sockets.own_address(address)
 
     def _is_news(self, key: Address, who: str, now: float) -> bool:
         """Return whether that somebody is logged in somewhere is new, or new in this tenth of a period."""
@@ -296,8 +300,7 @@ class Agent:
             key = elements.trusted_key(address, self.settings)
             known = self._earned.get(key, 0.0)
             until = max(known, at + self.settings["trusted"]["period"])
-            endings = self._endings(address, until)
-            reason = elements.never_trusted(address, self.settings) or sockets.own_address(address)
+            endings, reason = self._endings(address, until), self._never(address)
             if reason or not endings:
                 yield text, reason or _NOT_ADMITTED
             elif known <= now and at <= self._ended.get(key, 0.0):
@@ -539,7 +542,7 @@ class Agent:
         known = self._earned.get(key, 0.0)
         if until <= max(known + WHOLE_SECONDS, time.time() + 1) or at <= self._ended.get(key, 0.0):
             return False
-        if elements.never_trusted(address, self.settings) or sockets.own_address(address):
+        if self._never(address):
             return False
         self.monitor.familiar.note(address, at)
         endings = self._endings(address, until)

@@ -31,7 +31,7 @@ def run():
     ours, lines = __opts__.get("mailfw_mail") or {}, _lines(data.get("data"))
     if not ours.get("to") or not lines:
         return {}
-    count = _count(next(known for known in EVENTS if known == tag), time.time())
+    count = _count(time.time())  # There are lines: the tag is one of EVENTS.
     if count > MOST:
         return {}
     if count == MOST:
@@ -63,9 +63,9 @@ def _text(name, value):
     return json.dumps(value)[:LONGEST]
 
 
-def _count(known, now):
-    """Return how many mails for a tag there are within an hour with this one; those too many are counted and logged."""
-    path = os.path.join(__opts__["cachedir"], f"mailfw_mail_{known.rpartition('/')[2]}.json")
+def _count(now):
+    """Return how many mails for this tag there are within an hour with this one; those too many are counted and logged."""
+    path = os.path.join(__opts__["cachedir"], f"mailfw_mail_{tag.rpartition('/')[2]}.json")
     try:
         with open(path, encoding="ascii") as stream:
             kept = json.load(stream)
@@ -77,7 +77,7 @@ def _count(known, now):
     else:
         kept["dropped"] += 1
     if kept["dropped"] and not now - 3600 < kept["logged"] <= now:
-        log.warning("mailfw: %s events %s were not mailed: more than %s an hour", kept["dropped"], known, MOST)
+        log.warning("mailfw: %s events %s were not mailed: more than %s an hour", kept["dropped"], tag, MOST)
         kept.update(dropped=0, logged=now)
     with open(path, "w", encoding="ascii") as stream:
         json.dump(kept, stream)
