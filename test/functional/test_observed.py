@@ -167,6 +167,8 @@ def test_enforcing_host_keeps_what_was_observed_and_takes_no_more(
         assert agent.stop() == 0
     finally:
         host.call(shutil.rmtree, METRICS.parent)
+    # The observer may have begun later than the metrics.
+    host.call(lambda: observed.Observer(lambda: loaded.settings, familiar.Familiar())._look())
     assert tally(host) == before
     assert "not known" not in agent.log()
 
