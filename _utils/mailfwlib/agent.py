@@ -128,9 +128,9 @@ class Agent:
         #: When an event has told that a user logs in from more addresses than are trusted: user's key -> Unix time.
         self._roaming: dict[str, float] = {}
         self.announcer = Announcer(lambda: self.settings)
-        #: Repairs of the rules that the keeper has made: since when elements may be missing, and what was altered.
-        self._repairs: queue.SimpleQueue[tuple[float, list[str]]] = queue.SimpleQueue()
-        self.keeper = Keeper(lambda since, altered: self._repairs.put((since, altered)))
+        #: What the keeper has told: since when elements may be missing, and what was altered, None if it was no repair.
+        self._renewals: queue.SimpleQueue[tuple[float, list[str] | None]] = queue.SimpleQueue()
+        self.keeper = Keeper(lambda since, altered: self._renewals.put((since, altered)))
         self.sessions = Sessions(lambda: self.settings, _still_logged_in)
         self.bans = Bans(self._banned)
         self.monitor = Monitor(lambda: self.settings, self.status, self.announcer.tell)
@@ -399,7 +399,7 @@ class Agent:
         """Do what no request asks for."""
         self.refresh_settings()
         self._listen_for_reports()
-        self._after_repairs()
+        self._after_renewals()
         self.people.tidy(time.time())
         self._tidy(time.time())
 
@@ -424,16 +424,21 @@ class Agent:
     def _report_secret(self) -> str:
         return str(self.settings["host"].get("report_secret", ""))
 
-    def _after_repairs(self) -> None:
-        """Trust again who has logged in since the snapshot that a repair restored, and tell of it."""
-        while not self._repairs.empty():
-            since, altered = self._repairs.get()
+    def _after_renewals(self) -> None:
+        """Trust again who has logged in since the snapshot that rules were loaded with, and tell of repairs."""
+        while not self._renewals.empty():
+            since, altered = self._renewals.get()
             try:
                 self._trust_again(since)
-            except nft.NftError:
-                log.exception("not every login since the last snapshot is trusted again")
-            found = {"host": self.settings["host"]["id"], "altered": altered}
-            self.announcer.tell("mailfw/healed", found)
+            except nft.NftError as err:
+                if not err.full:  # Somebody has taken the rules away again: it is tried again until they are back.
+                    self._renewals.put((since, altered))
+                    self._complain("repairs", f"logins since the last snapshot wait to be trusted again: {err}")
+                    return
+                log.error("not every login since the last snapshot is trusted again: %s", err)
+            if altered is not None:
+                found = {"host": self.settings["host"]["id"], "altered": altered}
+                self.announcer.tell("mailfw/healed", found)
 
     def _trust_again(self, since: float) -> None:
         now, period = time.time(), self.settings["trusted"]["period"]

@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from mailfwlib import netlink, ruleset
 from mailfwlib.worker import Attempts, Worker, WorkError
@@ -20,25 +20,31 @@ TOOL = "/usr/lib/mailfw/mailfw-rules"
 LOOK = 1.0
 #: Seconds between two snapshots, and how many times as long as a snapshot took the pause after it is at least.
 SNAPSHOT, REST = 60.0, 50
-#: Seconds after a repair that failed until the next one.
+#: Seconds at most after a repair that failed until the next one; it begins with LOOK, and doubles.
 PATIENCE = 10.0
 
 log = logging.getLogger("mailfw-agent")
 
 
 class Keeper:
-    """Looks after the rules. Calls ``healed`` with what was altered, and since when elements may be missing."""
+    """Looks after the rules.
 
-    def __init__(self, healed: Callable[[float, list[str]], None], tool: str = TOOL):
-        self._healed = healed
+    Calls ``renewed`` with since when elements may be missing, and with what was altered; None where mailfw.service has
+    loaded the rules anew.
+    """
+
+    def __init__(self, renewed: Callable[[float, Optional[list[str]]], None], tool: str = TOOL):
+        self._renewed = renewed
         self._tool = tool
         self._kernel = netlink.Kernel()
         self._seen: tuple[int, Any] = (-1, None)
+        #: The table that has all elements.
+        self._table = self._kernel.table()
         self._snapshot_at = 0.0
         self._next_snapshot = time.monotonic()
         self._pause = LOOK
-        #: The last repair has failed.
-        self._has_failed = False
+        #: What the pause after the next repair that fails will be.
+        self._patience = LOOK
         #: Since when elements may be missing, while a repair is not known to be done.
         self._unfinished: float | None = None
         self.heals = 0
@@ -72,6 +78,9 @@ class Keeper:
             self._repair()
         elif self._unfinished is not None:  # It was done, but ended before it could say so.
             self._finish([])
+        elif (table := self._kernel.table()) not in (None, self._table):
+            self._table = table
+            self._renewed(self._snapshot_at, None)
         else:
             self._seen = seen
 
@@ -92,22 +101,22 @@ class Keeper:
             self._unfinished = self._snapshot_at
         done = self._start("load")
         if done.returncode:
-            # Somebody may have altered them again in the middle of it: the second attempt is soon.
-            self._pause = PATIENCE if self._has_failed else LOOK
-            self._has_failed = True
+            # Somebody may have altered them again in the middle of it.
+            self._pause, self._patience = self._patience, min(2 * self._patience, PATIENCE)
             raise WorkError(f"they were altered, and the repair fails: {done.stderr.strip()}")
-        self._has_failed = False
+        self._patience = LOOK
         self.heals += 1
         log.warning("the rules were altered by somebody and are repaired:\n%s", done.stdout.strip())
         self._finish([line.partition(": ")[2] for line in done.stdout.splitlines() if line.startswith("altered: ")])
 
     def _finish(self, altered: list[str]) -> None:
         since, self._unfinished = self._unfinished, None
+        self._table = self._kernel.table()
         if since is not None:
-            self._healed(since, altered)
+            self._renewed(since, altered)
 
     def _snapshot(self) -> None:
-        if ruleset.loaded() and not self._differs():
+        if ruleset.loaded() and self._kernel.table() == self._table and not self._differs():
             began = time.monotonic()
             self._snapshots.make(self._save)
             now = time.monotonic()
@@ -118,7 +127,8 @@ class Keeper:
         done = self._start("save")
         if done.returncode:
             raise WorkError(done.stderr.strip())
-        self._snapshot_at = clock
+        if self._kernel.table() == self._table:  # Otherwise it may be one of a table that lacks elements.
+            self._snapshot_at = clock
 
     def _start(self, verb: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([self._tool, verb], capture_output=True, text=True, timeout=120, check=False)

@@ -46,7 +46,8 @@ class Monitor:
         self._started = time.time()
         self._counted: dict[str, int] = {}
         self._next_count = 0.0
-        self._was_missing = False
+        #: Whether the directory of the metrics was seen in another state than that nothing can be written there.
+        self._was_otherwise = False
         self._kernel = netlink.Kernel()
         self._worker = Worker("monitor", "no metrics", self._look, self._pause, self.familiar.save)
 
@@ -130,17 +131,18 @@ class Monitor:
 
     def _write(self, directory: Path, facts: metrics.Facts) -> None:
         if not directory.is_dir():  # Nobody wants to read them.
-            self._was_missing = True
+            self._was_otherwise = True
             return
         try:
             files.replace(directory / metrics.FILE, metrics.render(metrics.samples(facts)), mode=0o644)
         except OSError as err:
-            if err.errno == errno.EROFS and self._was_missing:
+            if err.errno == errno.EROFS and self._was_otherwise:
                 # It was made after systemd has given this process its view of the disk. No login is lost by a restart.
                 log.info("%s is there now: starting again, to write to it", directory)
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             raise
+        self._was_otherwise = True
 
 
 def _modified(path: Path) -> Optional[float]:

@@ -34,11 +34,14 @@ LOCK = "/run/mailfw/apply.lock"
 RULES = Path("/etc/nftables.d/mailfw")
 #: Shared by whoever adds elements; an applier has it alone while it carries elements over.
 ELEMENTS = "/run/mailfw/elements.lock"
-#: What was loaded last since the host has booted. Its absence says that no rules are wanted.
+#: That it is there says that rules are wanted. It tells what was loaded last since the host has booted.
 LOADED = Path("/run/mailfw/loaded")
 
 #: In the place of a fingerprint that is not known, and as long: nothing that is loaded has it.
 _UNKNOWN = "0" * 64
+
+#: How often the rules are listed when somebody takes them away in the middle of it.
+_ATTEMPTS = 3
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 
@@ -59,6 +62,13 @@ def wanted(script: str) -> Objects:
 
 def live() -> Objects:
     """Return what is loaded now, without the elements that rules and logins add; ``{}`` when nothing is."""
+    for _ in range(_ATTEMPTS - 1):
+        with contextlib.suppress(nft.NftError):
+            return _live()
+    return _live()
+
+
+def _live() -> Objects:
     objects = _objects(nft.table())
     for kind, name in [key for key in objects if _is_static(key, objects)]:
         objects.update(_objects(nft.command("-s", "list", kind, *nft.TABLE.split(), name)))
@@ -222,8 +232,24 @@ def apply(script: str) -> str:
 def reload(directory: Path = RULES) -> str:
     """Make the loaded rules what the files on disk say, as :func:`apply` does; nobody changes the files meanwhile."""
     with turn():
+        with contextlib.suppress(OSError):
+            LOADED.touch(mode=0o600)  # Whatever goes wrong from here on, the agent tries again.
         script = joined(present(directory))
-        return _apply_and_record(script, _known(script))
+        return _apply_and_record(script, _known_or_loaded(script))
+
+
+def _known_or_loaded(script: str) -> Objects:
+    """Return what the kernel makes of a script, even where no namespace can be had: by loading it, for want of better.
+
+    As the agent does, which may make none, with rules of which nobody has left a record.
+    """
+    try:
+        return _known(script)
+    except nft.NftError:
+        if loaded().get("fingerprint") != _UNKNOWN:
+            raise
+    nft.run(transaction({}, {}, script, ""))
+    return live()
 
 
 def _apply_and_record(script: str, new: Objects) -> str:
@@ -236,18 +262,14 @@ def _apply(script: str, new: Objects) -> tuple[str, str]:
     """Make the loaded rules ``new``; return the diff, and the fingerprint of what is loaded then."""
     fingerprint, old = _fingerprint(new), live()
     changed = difference(old, new)
+    if not old:
+        _create(script, new)
+    elif changed:
+        _change(script, old, new)
+    if old and loaded().get("fingerprint") == _UNKNOWN:
+        _recall(new)
     if not changed:
         return "", fingerprint
-    if old:
-        names, since = remade(old, new), time.time()
-        with turn(ELEMENTS):
-            kept = {name: found for name, found in snapshot.current().items() if name in names} if names else {}
-            nft.run(transaction(old, new, script, restored(kept, new)))
-        if names:  # A login that did not wait for that long may not be among the elements that were carried.
-            with contextlib.suppress(client.AgentError):
-                client.ask("again", str(since))
-    else:
-        _create(script, new)
     fingerprint = _fingerprint(new)
     # Somebody may have taken them away again before they were looked at: that is not to pass for what was loaded.
     return changed, _UNKNOWN if difference(live(), new) else fingerprint
@@ -261,11 +283,41 @@ def _static(objects: Objects) -> list[str]:
     return sorted(name for kind, name in objects if _is_static((kind, name), objects))
 
 
+def _change(script: str, old: Objects, new: Objects) -> None:
+    """Turn the table that is loaded into another one."""
+    names, since = remade(old, new), time.time()
+    with turn(ELEMENTS):
+        kept = {name: found for name, found in snapshot.current().items() if name in names} if names else {}
+        nft.run(transaction(old, new, script, restored(kept, new)))
+    if names:  # A login that did not wait for that long may not be among the elements that were carried.
+        with contextlib.suppress(client.AgentError):
+            client.ask("again", str(since))
+
+
+def _recall(new: Objects) -> None:
+    """Add what there was to a table that was loaded without it: by nft alone, as where Python is broken."""
+    nft.run(_always(new))
+    try:
+        nft.run(_last_snapshot(new))
+    except (snapshot.SnapshotError, nft.NftError) as err:
+        log.error("the elements of the last snapshot are not loaded: %s", err)
+
+
+def _always(new: Objects) -> str:
+    """Return the script that adds what is known without a snapshot: open connections, and the way out."""
+    return older(new) + breakglass.resumed(time.time())
+
+
+def _last_snapshot(new: Objects) -> str:
+    """Return the script that adds what the last snapshot knows. Raises SnapshotError."""
+    return restored(snapshot.fitting(snapshot.load(), sizes(new)), new)
+
+
 def _create(script: str, new: Objects) -> None:
     """Load a table that is not there, with what the last snapshot knows."""
-    always = older(new) + breakglass.resumed(time.time())
+    always = _always(new)
     try:
-        recalled = restored(snapshot.fitting(snapshot.load(), sizes(new)), new)
+        recalled = _last_snapshot(new)
         try:
             nft.run(transaction({}, new, script, always + recalled))
         except nft.NftKilledError:  # The snapshot need not be at fault.
@@ -388,12 +440,15 @@ def _confirm(draft: Path, fingerprint: str) -> None:
 
 
 def loaded() -> dict[str, Any]:
-    """Return what the last applier has left: ``fingerprint``, ``static`` (see netlink) and more; ``{}`` without one.
+    """Return what the last applier has left: ``fingerprint``, ``static`` (see netlink) and more.
 
-    ``applies``: how often rules were applied since they were first loaded.
+    ``applies``: how often rules were applied since they were first loaded. ``{}`` when no rules are wanted. Where it is
+    not known what was loaded, the fingerprint is none that anything has.
     """
     try:
         found: dict[str, Any] = json.loads(LOADED.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError):
+        return {"applies": 0, "fingerprint": _UNKNOWN, "key": "", "objects": [], "static": []}
     return found

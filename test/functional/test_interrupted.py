@@ -231,19 +231,58 @@ def test_killed_restore(site: Site, host: Host, firewall: Firewall) -> None:
     assert seen == {False, True}
 
 
-def test_flush_during_a_load_is_seen(site: Site, host: Host, firewall: Firewall) -> None:
+@pytest.mark.parametrize("recorded", [True, False], ids=["after a flush", "after an unload"])
+def test_flush_during_a_load_is_seen(site: Site, host: Host, firewall: Firewall, recorded: bool) -> None:
     """Whoever takes the rules away while they are loaded, the agent does not take that for what was loaded."""
     seen = set()
     for number in itertools.count():
         firewall.run("flush ruleset")
+        if not recorded:
+            host.call(ruleset.LOADED.unlink)
         with Steps(host, TOOL, "load") as steps:
             flushed = [firewall.run("flush ruleset") for place, _ in enumerate(steps) if place == number]
         assert steps.process.returncode == 0, steps.output
         if not flushed:
             break
         seen.add(loaded := known(host).rules == site.old.rules)
+        assert host.call(ruleset.loaded), number
         assert loaded or not site.is_recorded(), number
     assert seen == {False, True}
+
+
+def test_flush_while_a_load_looks_at_the_rules(site: Site, host: Host, firewall: Firewall) -> None:
+    """The same, swept over the time that a load takes: it lists the rules one by one."""
+    ends = known(host).ends
+    for pause in itertools.count(0, 0.02):
+        host.run(TOOL, "unload")
+        loading = host.call(subprocess.Popen, [TOOL, "load"], stderr=subprocess.PIPE, text=True)
+        time.sleep(pause)
+        over = loading.poll() is not None
+        firewall.run("flush ruleset")
+        assert (loading.communicate(timeout=LIMIT)[1], loading.returncode) == ("", 0), pause
+        assert host.call(ruleset.loaded), pause
+        assert known(host).rules or not site.is_recorded(), pause
+        host.run(TOOL, "load")
+        site.assert_whole(site.old, ends)
+        if over:
+            break
+
+
+#: Who loads the rules: mailfw.service, or the agent, which may make no namespaces.
+LOADERS = {"service": (), "agent": ("setpriv", "--bounding-set", "-all,+net_admin", "--inh-caps", "-all,+net_admin")}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_load_after_one_that_knew_nobody(site: Site, host: Host, firewall: Firewall, loader: str) -> None:
+    """Where Python is broken, nft alone loads the rules; what the snapshot knows comes with the next load."""
+    ends = known(host).ends
+    host.run(TOOL, "unload")
+    firewall.run(ruleset.joined(site.old.files))
+    host.call(ruleset.LOADED.touch)
+    assert known(host).ends == {}
+    assert not site.is_recorded()
+    host.run(*LOADERS[loader], TOOL, "load")
+    site.assert_whole(site.old, ends)
 
 
 @pytest.fixture

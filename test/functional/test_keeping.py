@@ -126,6 +126,17 @@ def test_repair_brings_back_what_was_known_last(agent: Agent, installed: Firewal
     assert installed.elements(f"blocked_{family}") == {blocked: float("inf")}
 
 
+def test_load_by_the_service_forgets_no_login(agent: Agent, installed: Firewall, host: Host, family: str) -> None:
+    """It may be sooner than the agent, and has the last snapshot only."""
+    agent.login(KEY_OF[family])
+    host.run("sh", "-c", "nft flush ruleset; /usr/lib/mailfw/mailfw-rules load")
+    until(lambda: f"{KEY_OF[family]} . 587" in installed.elements(f"trusted_{family}"), "trusted again", SOON)
+    agent.restart()  # with a last snapshot
+    flush(installed)
+    until(lambda: agent.status()["heals"] == 1, "repaired", SOON)
+    assert f"{KEY_OF[family]} . 587" in installed.elements(f"trusted_{family}")
+
+
 @pytest.mark.slow
 def test_repair_that_fails_is_said_once_and_tried_again(agent: Agent, installed: Firewall, host: Host) -> None:
     broken = ruleset.RULES / "broken.nft"
@@ -137,6 +148,31 @@ def test_repair_that_fails_is_said_once_and_tried_again(agent: Agent, installed:
     host.call(broken.unlink)
     until(lambda: agent.status()["heals"] == 1, "repaired", keeper.PATIENCE + SOON)
     until(lambda: "the rules cannot be kept: that is over" in agent.log(), "said", SOON)
+
+
+def test_repair_that_failed_is_soon_tried_again(agent: Agent, installed: Firewall, host: Host) -> None:
+    broken = ruleset.RULES / "broken.nft"
+    host.call(broken.write_text, "no rule")
+    flush(installed)
+    until(lambda: "the repair fails: " in agent.log(), "said", SOON)
+    time.sleep(1.5 * keeper.LOOK)
+    host.call(broken.unlink)
+    until(lambda: agent.status()["heals"] == 1, "repaired", SOON)
+
+
+def test_agent_sees_to_rules_that_nft_alone_has_loaded(
+    agent: Agent, installed: Firewall, host: Host, family: str
+) -> None:
+    """As mailfw.service does where Python is broken."""
+    source = KEY_OF[family]
+    agent.login(source)
+    tool(host, "unload")
+    installed.run(ruleset.joined(host.call(ruleset.present)))
+    host.call(ruleset.LOADED.touch)
+    until(lambda: agent.status()["heals"] == 1, "seen to", SOON)
+    assert f"{source} . 587" in installed.elements(f"trusted_{family}")
+    flush(installed)
+    until(lambda: agent.status()["heals"] == 2, "repaired", SOON)
 
 
 def test_agent_leaves_an_unloaded_table_alone(agent: Agent, installed: Firewall, host: Host) -> None:

@@ -172,7 +172,7 @@ def test_status_of_a_host_in_order(fleet: Fleet) -> None:
         assert status["rules"] == "loaded"
         assert status["services"]["imaps"] == "993: autoban, limited"
         assert re.fullmatch(r"\d+ of 2000000", status["sets"]["trusted_ipv4"])
-        assert status["decisions"]["over_rate"] == 0
+        assert {"over_rate", "untrusted", "blocked"} < status["decisions"].keys()
         # What other tests have blocked lately is known for some seconds more.
         assert [one for one in status["warnings"] if not one.startswith("familiar addresses")] == []
 

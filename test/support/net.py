@@ -214,7 +214,7 @@ class Client(Namespace):
 
     def open(self, port: int, source: str) -> Session:
         """Return a connection on which the server has spoken."""
-        return Session(self.call(_open, port, source, PATIENCE))
+        return Session(self.call(_open, port, source, LIMIT))
 
 
 def _open(port: int, source: str, patience: float) -> socket.socket:

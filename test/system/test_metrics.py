@@ -26,6 +26,9 @@ def test_metrics_are_written_once_node_exporter_is_there(fleet, host):
         written = lab.run(host, "stat", "-c", "%Y", FILE)
         lab.wait_until(lambda: lab.run(host, "stat", "-c", "%Y", FILE) != written, "it is written again")
         assert lab.run(host, "systemctl", "show", "-P", "NRestarts", "mailfw-agent") == restarts
+        # As a package does that is installed again.
+        lab.run(host, "sh", "-c", f"rm -r {METRICS_DIRECTORY} && mkdir {METRICS_DIRECTORY}")
+        lab.wait_until(lambda: "mailfw_rules_loaded 1\n" in lab.run(host, "cat", FILE, check=False), "it is written")
         removed = lab.salt(host, "state.sls_id", "mailfw agent is removed", "mailfw.agent.clean", "test=True")[host]
         assert FILE in str(removed)
     finally:

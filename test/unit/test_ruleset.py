@@ -495,12 +495,19 @@ def test_files_are_readable_by_all(kernel, tmp_path):
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "mailfw").iterdir()} == {0o644}
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "\xff", "[" * 5])
-def test_record_of_no_use_is_none(tmp_path, monkeypatch, text):
+def test_without_a_record_no_rules_are_wanted(tmp_path, monkeypatch):
     monkeypatch.setattr(ruleset, "LOADED", tmp_path / "loaded")
-    if text is not None:
-        (tmp_path / "loaded").write_bytes(text.encode("latin-1"))
     assert ruleset.loaded() == {}
+
+
+@pytest.mark.parametrize("text", ["", "{", "\xff", "[" * 5])
+def test_a_record_of_no_use_is_of_nothing_that_is_loaded(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(ruleset, "LOADED", tmp_path / "loaded")
+    monkeypatch.setattr(ruleset, "wanted", lambda script: {("chain", "new"): script})
+    (tmp_path / "loaded").write_bytes(text.encode("latin-1"))
+    assert ruleset.loaded()["fingerprint"] == "0" * 64
+    assert ruleset.loaded()["static"] == []
+    assert ruleset._known("SCRIPT") == {("chain", "new"): "SCRIPT"}
 
 
 def test_record_tells_what_the_kernel_makes_of_the_same_script(tmp_path, monkeypatch):
