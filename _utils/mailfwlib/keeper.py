@@ -22,6 +22,8 @@ LOOK = 1.0
 SNAPSHOT, REST = 60.0, 50
 #: Seconds at most after a repair that failed until the next one; it begins with LOOK, and doubles.
 PATIENCE = 10.0
+#: A process of its own that takes longer than this many seconds hangs.
+LONGEST = 120.0
 
 log = logging.getLogger("mailfw-agent")
 
@@ -99,7 +101,7 @@ class Keeper:
     def _repair(self) -> None:
         if self._unfinished is None:
             self._unfinished = self._snapshot_at
-        done = self._start("load")
+        done = self._run("load", lambda: True)
         if done.returncode:
             # Somebody may have altered them again in the middle of it.
             self._pause, self._patience = self._patience, min(2 * self._patience, PATIENCE)
@@ -124,14 +126,24 @@ class Keeper:
 
     def _save(self) -> None:
         clock = time.time()
-        done = self._start("save")
+        done = self._run("save", lambda: not self._is_damaged())
         if done.returncode:
             raise WorkError(done.stderr.strip())
         if self._kernel.table() == self._table:  # Otherwise it may be one of a table that lacks elements.
             self._snapshot_at = clock
 
-    def _start(self, verb: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([self._tool, verb], capture_output=True, text=True, timeout=120, check=False)
+    def _run(self, verb: str, goes_on: Callable[[], bool]) -> subprocess.CompletedProcess[str]:
+        """Run the tool to its end, unless ``goes_on`` says meanwhile that there is something else to do."""
+        command, end = [self._tool, verb], time.monotonic() + LONGEST
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            while True:
+                try:
+                    output, errors = process.communicate(timeout=LOOK)
+                    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+                except subprocess.TimeoutExpired:
+                    if time.monotonic() > end or not goes_on():
+                        process.kill()
+                        raise WorkError(f"mailfw-rules {verb} did not come to its end, and was ended") from None
 
 
 def _stamp(path: Path) -> Any:

@@ -137,6 +137,37 @@ def test_load_by_the_service_forgets_no_login(agent: Agent, installed: Firewall,
     assert f"{KEY_OF[family]} . 587" in installed.elements(f"trusted_{family}")
 
 
+@pytest.fixture
+def hanging_snapshots(installed: Firewall, host: Host, tmp_path: Path) -> Iterator[None]:
+    """The tool does all but snapshots."""
+    real, hanging = tmp_path / "real", tmp_path / "hanging"
+    real.write_bytes(host.call(Path(keeper.TOOL).read_bytes))
+    hanging.write_text(f"#!/bin/sh\n[ $1 = save ] && exec sleep 600\nexec /usr/bin/python3 -IB {real} $1\n")
+    hanging.chmod(0o755)
+    host.run("mount", "--bind", str(hanging), keeper.TOOL)
+    yield
+    host.run("umount", keeper.TOOL)
+
+
+def test_repair_does_not_wait_for_a_snapshot_that_hangs(
+    installed: Firewall, hanging_snapshots: None, host: Host, tmp_path: Path
+) -> None:
+    agent = Agent(host, tmp_path, PILLAR)
+    try:
+        (hanging,) = until(lambda: [one for one in agent.children() if "sleep" in command_of(one)], "it hangs", SOON)
+        flush(installed)
+        until(lambda: agent.status()["heals"] == 1, "repaired", SOON)
+        assert not hanging.exists()
+        assert "no snapshot: mailfw-rules save did not come to its end" in agent.log()
+    finally:
+        agent.close()
+
+
+def command_of(process: Path) -> str:
+    """Return the name of a process's program."""
+    return (process / "comm").read_text() if process.exists() else ""
+
+
 @pytest.mark.slow
 def test_repair_that_fails_is_said_once_and_tried_again(agent: Agent, installed: Firewall, host: Host) -> None:
     broken = ruleset.RULES / "broken.nft"

@@ -77,6 +77,12 @@ def run(host: str, *command: str, check: bool = True, text: str | None = None) -
     return done.stdout
 
 
+def fail_power(host: str) -> None:
+    """Stop a host at once; `lab up` boots it again."""
+    (node,) = (node for node in hosts.HOSTS if node.name == host)
+    hosts.switch_off(node)
+
+
 def client(name: str, do: str, **arguments: Any) -> Any:
     """Have a client do something (a function of mailclient.py) and return what came of it."""
     request = json.dumps({"do": do, **arguments})

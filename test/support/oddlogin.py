@@ -69,7 +69,10 @@ def main() -> None:
     for line in sys.stdin:
         way, *arguments = json.loads(line)
         try:
-            answer = WAYS[way](*arguments)
+            try:
+                answer = WAYS[way](*arguments)
+            except BrokenPipeError:  # Dovecot ends idle processes, one that has just taken a connection, too.
+                answer = WAYS[way](*arguments)
         except OSError as err:
             answer = f"{type(err).__name__}: {err}"
         print(json.dumps(answer), flush=True)
