@@ -426,6 +426,8 @@ def _run(script):
             nft.run(script)
     except nft.NftError as err:
         raise CommandExecutionError(str(err)) from err
+    with contextlib.suppress(client.AgentError):  # Without it, the next snapshot is taken when it starts.
+        client.ask("save", timeout=2)
 
 
 def _elements(name):

@@ -21,6 +21,7 @@ until note                                       time), and with which comment
 ``renew`` address user...           root         renews the trust of addresses where users are still logged in
 ``seed`` address user...            root         trusts addresses where users are logged in, as their logins would
 ``believe`` address time...         root         trusts addresses of logins at some time (Unix time), as these did
+``save``                            root         has a snapshot taken soon
 ``status``                          root         reports as JSON
 ==================================  ===========  =====================================================
 """
@@ -74,6 +75,8 @@ MOST_PLACES = 100
 MOST_REVOKED = 500
 #: Users of whom it is remembered that an event has told of their roaming.
 MOST_ROAMING = 10_000
+#: Seconds until it is tried again to trust who has logged in since rules were loaded.
+RETRY = 1.0
 #: The same complaint is logged once in this many seconds.
 QUIET = 60.0
 
@@ -129,6 +132,7 @@ class Agent:
         self._roaming: dict[str, float] = {}
         self.announcer = Announcer(lambda: self.settings)
         #: What the keeper has told: since when elements may be missing, and what was altered, None if it was no repair.
+        self._renew_at = 0.0
         self._renewals: queue.SimpleQueue[tuple[float, list[str] | None]] = queue.SimpleQueue()
         self.keeper = Keeper(lambda since, altered: self._renewals.put((since, altered)))
         self.sessions = Sessions(lambda: self.settings, _still_logged_in)
@@ -138,8 +142,9 @@ class Agent:
         self._recall()
 
     def _recall(self) -> None:
-        """Learn from the kernel's sets who is trusted, once, at the start."""
+        """Learn from the kernel's sets who is trusted, once: at the start, or as soon as there are some."""
         kernel, now = netlink.Kernel(), time.time()
+        self._has_recalled = kernel.table() is not None
         for family in FAMILIES:
             found: dict[str, list[tuple[int, Ending]]] = {}
             try:
@@ -202,6 +207,9 @@ class Agent:
             return self._places(arguments[0])
         if verb == "again" and root and len(arguments) == 1:
             self._trust_again(float(arguments[0]))
+            return ""
+        if verb == "save" and root and not arguments:
+            self.keeper.save_soon()
             return ""
         if verb == "renew" and root and len(arguments) % 2 == 0:
             return str(self._renew(zip(arguments[::2], arguments[1::2])))
@@ -364,22 +372,29 @@ class Agent:
         return found
 
     def _trust(self, address: Address, endings: dict[int, Ending], until: float) -> None:
-        """Put a login's trust into the kernel's sets. Raises RefusedError."""
+        """Put a login's trust into the kernel's sets, or as soon as there are rules again. Raises RefusedError."""
         key = elements.trusted_key(address, self.settings)
         try:
-            with ruleset.adding(self._patience) as in_turn:
-                self._nft.run(self._script(address, endings))
-            self._patience = WAIT if in_turn else 0.0  # One login waits for a slow applier, not each.
+            self._put(address, endings)
         except nft.NftError as err:
-            self._complain("nft", f"{address} cannot be trusted: {err}")
             if err.full:  # A login lifts its source's bans, even if there is no room left for its trust.
                 self._nft.run(elements.unban(address, ROLES, self.settings))
-            raise RefusedError(f"{address} cannot be trusted: {err}") from err
+                raise RefusedError(f"{address} cannot be trusted: {err}") from err
         self._remember(key, until)
         for port, ending in endings.items():
             self._given.pop((key, port), None)
             if ending.note:
                 self._given[key, port] = ending
+
+    def _put(self, address: Address, endings: dict[int, Ending]) -> None:
+        """Put an address into the kernel's sets. Raises NftError."""
+        try:
+            with ruleset.adding(self._patience) as in_turn:
+                self._nft.run(self._script(address, endings))
+        except nft.NftError as err:
+            self._complain("nft", f"{address} cannot be trusted now: {err}")
+            raise
+        self._patience = WAIT if in_turn else 0.0  # One login waits for a slow applier, not each.
 
     def _script(self, address: Address, endings: dict[int, Ending]) -> str:
         """Return the script that trusts an address; a trust of an operator keeps its comment."""
@@ -426,26 +441,35 @@ class Agent:
 
     def _after_renewals(self) -> None:
         """Trust again who has logged in since the snapshot that rules were loaded with, and tell of repairs."""
-        while not self._renewals.empty():
+        while not self._renewals.empty() and time.monotonic() >= self._renew_at:
             since, altered = self._renewals.get()
             try:
                 self._trust_again(since)
             except nft.NftError as err:
-                if not err.full:  # Somebody has taken the rules away again: it is tried again until they are back.
+                if not err.full and ruleset.loaded():  # Somebody has taken the rules away again.
                     self._renewals.put((since, altered))
-                    self._complain("repairs", f"logins since the last snapshot wait to be trusted again: {err}")
+                    self._renew_at = time.monotonic() + RETRY
+                    self._complain("renewals", f"logins since the last snapshot wait to be trusted again: {err}")
                     return
                 log.error("not every login since the last snapshot is trusted again: %s", err)
+            if not self._has_recalled:  # There was no table when this agent has started.
+                self._recall()
             if altered is not None:
                 found = {"host": self.settings["host"]["id"], "altered": altered}
                 self.announcer.tell("mailfw/healed", found)
+            if self._renewals.empty():
+                self.keeper.is_whole.set()
 
     def _trust_again(self, since: float) -> None:
+        """Raises NftError."""
         now, period = time.time(), self.settings["trusted"]["period"]
         recent = [(key, until) for key, until in self._earned.items() if until > now and until - period >= since - 1]
         for key, until in recent:
-            with contextlib.suppress(RefusedError):
-                self._trust(key, self._endings(key, until), until)
+            try:
+                self._put(key, self._endings(key, until))
+            except nft.NftError as err:
+                if not err.full:
+                    raise
         for key in [key for key, at in self._ended.items() if at >= since - 1 and key not in self._earned]:
             self._nft.run(elements.untrust(key, login_ports(self.settings), self.settings))
         for (key, port), given in list(self._given.items()):

@@ -5,21 +5,24 @@ What takes long runs in processes of its own (``mailfw-rules``), so that neither
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
-from mailfwlib import netlink, ruleset
+from mailfwlib import netlink, ruleset, snapshot
 from mailfwlib.worker import Attempts, Worker, WorkError
 
 TOOL = "/usr/lib/mailfw/mailfw-rules"
 #: Seconds between two looks at the rules.
 LOOK = 1.0
-#: Seconds between two snapshots, and how many times as long as a snapshot took the pause after it is at least.
-SNAPSHOT, REST = 60.0, 50
+#: Seconds between two snapshots, and how many times as long as a snapshot took it is until the next one at least; SOON
+#: if somebody asks for it.
+SNAPSHOT, REST, SOON = 60.0, 50, 5
 #: Seconds at most after a repair that failed until the next one; it begins with LOOK, and doubles.
 PATIENCE = 10.0
 #: A process of its own that takes longer than this many seconds hangs.
@@ -31,8 +34,8 @@ log = logging.getLogger("mailfw-agent")
 class Keeper:
     """Looks after the rules.
 
-    Calls ``renewed`` with since when elements may be missing, and with what was altered; None where mailfw.service has
-    loaded the rules anew.
+    Calls ``renewed`` with since when elements may be missing, in Unix time, and with what was altered; None where
+    mailfw.service has loaded the rules anew. No snapshot is taken from then on until ``is_whole`` is set again.
     """
 
     def __init__(self, renewed: Callable[[float, Optional[list[str]]], None], tool: str = TOOL):
@@ -40,15 +43,20 @@ class Keeper:
         self._tool = tool
         self._kernel = netlink.Kernel()
         self._seen: tuple[int, Any] = (-1, None)
-        #: The table that has all elements.
+        #: The table that was seen last.
         self._table = self._kernel.table()
+        #: The table has all elements that it should have.
+        self.is_whole = threading.Event()
+        self.is_whole.set()
+        #: When the last snapshot was taken that has all elements, in Unix time.
+        self._known_until = _modified(snapshot.PATH)
         self._snapshot_at = 0.0
-        self._next_snapshot = time.monotonic()
+        self._next_snapshot = self._rested = time.monotonic()
         self._pause = LOOK
         #: What the pause after the next repair that fails will be.
         self._patience = LOOK
-        #: Since when elements may be missing, while a repair is not known to be done.
-        self._unfinished: float | None = None
+        #: A repair is not known to be done.
+        self._is_unfinished = False
         self.heals = 0
         self._snapshots = Attempts("no snapshot")
         self._worker = Worker("keeper", "the rules cannot be kept", self._work, lambda: self._pause, self._snapshot)
@@ -65,6 +73,10 @@ class Keeper:
         """Return how often the rules were repaired, and when the last snapshot was taken, in Unix time."""
         return {"heals": self.heals, "last_snapshot": self._snapshot_at or None}
 
+    def save_soon(self) -> None:
+        """Have a snapshot taken with the next look: somebody has changed what no login brings back."""
+        self._next_snapshot = self._rested
+
     def _work(self) -> None:
         self._pause = LOOK
         self._look()
@@ -78,13 +90,12 @@ class Keeper:
             return
         if self._is_damaged():
             self._repair()
-        elif self._unfinished is not None:  # It was done, but ended before it could say so.
-            self._finish([])
+        elif self._is_unfinished and ruleset.loaded():  # It was done, but ended before it could say so.
+            self._tell([])
         elif (table := self._kernel.table()) not in (None, self._table):
-            self._table = table
-            self._renewed(self._snapshot_at, None)
+            self._tell(None)
         else:
-            self._seen = seen
+            self._is_unfinished, self._table, self._seen = False, table, seen
 
     def _is_damaged(self) -> bool:
         # Without the lock an applier may be between its transaction and its record of it.
@@ -99,9 +110,8 @@ class Keeper:
         return bool(record) and self._kernel.fingerprint(record["static"]) != record["fingerprint"]
 
     def _repair(self) -> None:
-        if self._unfinished is None:
-            self._unfinished = self._snapshot_at
-        done = self._run("load", lambda: True)
+        self._is_unfinished = True
+        done = self._run("repair", lambda: True)
         if done.returncode:
             # Somebody may have altered them again in the middle of it.
             self._pause, self._patience = self._patience, min(2 * self._patience, PATIENCE)
@@ -109,41 +119,51 @@ class Keeper:
         self._patience = LOOK
         self.heals += 1
         log.warning("the rules were altered by somebody and are repaired:\n%s", done.stdout.strip())
-        self._finish([line.partition(": ")[2] for line in done.stdout.splitlines() if line.startswith("altered: ")])
+        self._tell([line.partition(": ")[2] for line in done.stdout.splitlines() if line.startswith("altered: ")])
 
-    def _finish(self, altered: list[str]) -> None:
-        since, self._unfinished = self._unfinished, None
-        self._table = self._kernel.table()
-        if since is not None:
-            self._renewed(since, altered)
+    def _tell(self, altered: Optional[list[str]]) -> None:
+        self._is_unfinished, self._table = False, self._kernel.table()
+        self.is_whole.clear()
+        self._renewed(self._known_until, altered)
 
     def _snapshot(self) -> None:
-        if ruleset.loaded() and self._kernel.table() == self._table and not self._differs():
-            began = time.monotonic()
+        if self.is_whole.is_set() and ruleset.loaded() and self._kernel.table() == self._table and not self._differs():
             self._snapshots.make(self._save)
-            now = time.monotonic()
-            self._next_snapshot = now + max(SNAPSHOT, REST * (now - began))
 
     def _save(self) -> None:
-        clock = time.time()
+        clock, began = time.time(), time.monotonic()
+        self._next_snapshot = began + SNAPSHOT
         done = self._run("save", lambda: not self._is_damaged())
         if done.returncode:
             raise WorkError(done.stderr.strip())
-        if self._kernel.table() == self._table:  # Otherwise it may be one of a table that lacks elements.
-            self._snapshot_at = clock
+        took = time.monotonic() - began
+        self._rested = began + SOON * took
+        self._next_snapshot = max(self._next_snapshot, began + REST * took)
+        self._snapshot_at = clock
+        if self.is_whole.is_set() and self._kernel.table() == self._table:
+            self._known_until = clock
 
     def _run(self, verb: str, goes_on: Callable[[], bool]) -> subprocess.CompletedProcess[str]:
         """Run the tool to its end, unless ``goes_on`` says meanwhile that there is something else to do."""
         command, end = [self._tool, verb], time.monotonic() + LONGEST
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
             while True:
-                try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     output, errors = process.communicate(timeout=LOOK)
                     return subprocess.CompletedProcess(command, process.returncode, output, errors)
-                except subprocess.TimeoutExpired:
-                    if time.monotonic() > end or not goes_on():
-                        process.kill()
-                        raise WorkError(f"mailfw-rules {verb} did not come to its end, and was ended") from None
+                if time.monotonic() > end or not goes_on():
+                    raise WorkError(f"mailfw-rules {verb} did not come to its end, and was ended")
+        except BaseException:
+            process.kill()  # Not waited for: on a dying disk it may not end.
+            raise
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _stamp(path: Path) -> Any:

@@ -20,7 +20,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mailfwlib import breakglass, client, elements, files, netlink, nft, parse, snapshot, sockets
 from mailfwlib.rules import OLDER
@@ -36,9 +36,11 @@ RULES = Path("/etc/nftables.d/mailfw")
 ELEMENTS = "/run/mailfw/elements.lock"
 #: That it is there says that rules are wanted. It tells what was loaded last since the host has booted.
 LOADED = Path("/run/mailfw/loaded")
+#: The same of rules that were taken away on purpose: what the kernel makes of the files is known all the same.
+UNLOADED = Path("/run/mailfw/unloaded")
 
-#: In the place of a fingerprint that is not known, and as long: nothing that is loaded has it.
-_UNKNOWN = "0" * 64
+#: In the place of a fingerprint and of a table that are not known, and as long: nothing that is loaded has them.
+_UNKNOWN, _NO_TABLE = "0" * 64, "0" * 16
 
 #: How often the rules are listed when somebody takes them away in the middle of it.
 _ATTEMPTS = 3
@@ -230,49 +232,75 @@ def apply(script: str) -> str:
 
 
 def reload(directory: Path = RULES) -> str:
-    """Make the loaded rules what the files on disk say, as :func:`apply` does; nobody changes the files meanwhile."""
-    with turn():
-        with contextlib.suppress(OSError):
-            LOADED.touch(mode=0o600)  # Whatever goes wrong from here on, the agent tries again.
-        script = joined(present(directory))
-        return _apply_and_record(script, _known_or_loaded(script))
+    """Make the loaded rules what the files on disk say, as :func:`apply` does; nobody changes the files meanwhile.
 
-
-def _known_or_loaded(script: str) -> Objects:
-    """Return what the kernel makes of a script, even where no namespace can be had: by loading it, for want of better.
-
-    As the agent does, which may make none, with rules of which nobody has left a record.
+    From here on rules are wanted: whatever goes wrong, the agent tries again.
     """
-    try:
-        return _known(script)
-    except nft.NftError:
-        if loaded().get("fingerprint") != _UNKNOWN:
-            raise
-    nft.run(transaction({}, {}, script, ""))
-    return live()
+    with turn():
+        if not LOADED.exists():
+            with contextlib.suppress(OSError):
+                UNLOADED.replace(LOADED) if UNLOADED.exists() else LOADED.touch(mode=0o600)
+        return _reload(directory)
+
+
+def repair(directory: Path = RULES) -> str:
+    """Do the same if rules are wanted. Raises NftError."""
+    with turn():
+        if not LOADED.exists():
+            return ""
+        try:
+            return _reload(directory)
+        except nft.NftError as err:
+            if loaded()["key"]:
+                raise
+            # The agent may make no namespaces, and it was not Python that has loaded them since the host has booted.
+            raise nft.NftError(f"it is not known what was loaded: `systemctl reload mailfw` finds out ({err})") from err
+
+
+def _reload(directory: Path) -> str:
+    script = joined(present(directory))
+    return _apply_and_record(script, _known(script))
 
 
 def _apply_and_record(script: str, new: Objects) -> str:
-    changed, fingerprint = _apply(script, new)
-    _record(script, new, fingerprint)
-    return changed
+    done = _apply(script, new)
+    _record(script, new, done)
+    return done.changed
 
 
-def _apply(script: str, new: Objects) -> tuple[str, str]:
-    """Make the loaded rules ``new``; return the diff, and the fingerprint of what is loaded then."""
-    fingerprint, old = _fingerprint(new), live()
+class Applied(NamedTuple):
+    """What was done: the diff; the fingerprint (see netlink) and the table's handle of what is loaded then."""
+
+    changed: str
+    fingerprint: str
+    table: str
+
+
+def _apply(script: str, new: Objects) -> Applied:
+    """Make the loaded rules ``new``."""
+    table, fingerprint, old = _table(), _fingerprint(new), live()
     changed = difference(old, new)
     if not old:
         _create(script, new)
     elif changed:
         _change(script, old, new)
-    if old and loaded().get("fingerprint") == _UNKNOWN:
+    if old and not _has_made(table):
         _recall(new)
     if not changed:
-        return "", fingerprint
-    fingerprint = _fingerprint(new)
+        return Applied("", fingerprint, table)
+    table, fingerprint = _table(), _fingerprint(new)
     # Somebody may have taken them away again before they were looked at: that is not to pass for what was loaded.
-    return changed, _UNKNOWN if difference(live(), new) else fingerprint
+    return Applied(changed, _UNKNOWN if difference(live(), new) else fingerprint, table)
+
+
+def _table() -> str:
+    handle = netlink.Kernel().table()
+    return handle.hex() if handle else _NO_TABLE
+
+
+def _has_made(table: str) -> bool:
+    """Return whether it is mailfw that has made the table, with all elements. Before there is a record, it has."""
+    return bool(loaded().get("table", table) == table)
 
 
 def _fingerprint(objects: Objects) -> str:
@@ -295,12 +323,19 @@ def _change(script: str, old: Objects, new: Objects) -> None:
 
 
 def _recall(new: Objects) -> None:
-    """Add what there was to a table that was loaded without it: by nft alone, as where Python is broken."""
+    """Add what there was to a table that mailfw has not made: nft alone did, as where Python is broken."""
     nft.run(_always(new))
     try:
         nft.run(_last_snapshot(new))
+    except nft.NftKilledError:  # The snapshot need not be at fault: it is tried again.
+        raise
     except (snapshot.SnapshotError, nft.NftError) as err:
-        log.error("the elements of the last snapshot are not loaded: %s", err)
+        _set_aside(err)
+
+
+def _set_aside(err: Exception) -> None:
+    with contextlib.suppress(OSError):
+        log.error("the snapshot was set aside as %s: %s", snapshot.set_aside(), err)
 
 
 def _always(new: Objects) -> str:
@@ -324,8 +359,7 @@ def _create(script: str, new: Objects) -> None:
             nft.run(transaction({}, new, script, always + recalled))
     except (snapshot.SnapshotError, nft.NftError) as err:
         nft.run(transaction({}, new, script, always))
-        with contextlib.suppress(OSError):
-            log.error("the snapshot was set aside as %s: %s", snapshot.set_aside(), err)
+        _set_aside(err)
 
 
 def install(texts: dict[str, str], directory: Path = RULES) -> tuple[str, list[str]]:
@@ -343,14 +377,14 @@ def install(texts: dict[str, str], directory: Path = RULES) -> tuple[str, list[s
             if stale:
                 _stage(texts, staged)
             _draft(draft, script, new)
-            changed, fingerprint = _apply(script, new)
+            done = _apply(script, new)
             if stale:
                 _exchange(staged, directory)
-            _confirm(draft, fingerprint)
+            _confirm(draft, done)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
             draft.unlink(missing_ok=True)
-    return changed, stale
+    return done.changed, stale
 
 
 def joined(texts: dict[str, str]) -> str:
@@ -391,10 +425,12 @@ def unload() -> None:
     """Take the table away, and say that this is on purpose, after a last snapshot."""
     with turn():
         try:
-            log.info("snapshot %s", snapshot.save())
+            if _has_made(_table()):  # Another one may lack what the snapshot has.
+                log.info("snapshot %s", snapshot.save())
         except (nft.NftError, OSError) as err:
             log.error("no last snapshot: %s", err)
-        LOADED.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            LOADED.replace(UNLOADED)
         nft.run(f"table {nft.TABLE}\ndelete table {nft.TABLE}")
 
 
@@ -413,28 +449,28 @@ def _key(script: str) -> str:
     return hashlib.sha256(f"{os.uname().release} {stamp}\n{script}".encode()).hexdigest()
 
 
-def _record(script: str, new: Objects, fingerprint: str) -> None:
+def _record(script: str, new: Objects, done: Applied) -> None:
     """Leave on this boot's disk what is loaded, for :func:`loaded`."""
     draft = LOADED.with_name("loading")
     _draft(draft, script, new)
-    _confirm(draft, fingerprint)
+    _confirm(draft, done)
 
 
 def _draft(path: Path, script: str, new: Objects) -> None:
-    """Write a record of what is to be loaded, all but its fingerprint: a full disk shows before the rules change."""
+    """Write a record of what is to be loaded, without what comes of it: a full disk shows before the rules change."""
     objects = [[*key, text] for key, text in new.items()]
     applies = loaded().get("applies", 0) + 1
     record = {"applies": applies, "fingerprint": _UNKNOWN, "key": _key(script), "objects": objects}
-    record["static"] = _static(new)
+    record |= {"static": _static(new), "table": _NO_TABLE}
     files.replace(path, json.dumps(record))
 
 
-def _confirm(draft: Path, fingerprint: str) -> None:
+def _confirm(draft: Path, done: Applied) -> None:
     """Make a draft the record of what is loaded. Takes no more room."""
     with draft.open("r+", encoding="utf-8") as stream:
         text = stream.read()
         stream.seek(0)
-        stream.write(text.replace(_UNKNOWN, fingerprint, 1))
+        stream.write(text.replace(_UNKNOWN, done.fingerprint, 1).replace(f'"{_NO_TABLE}"', f'"{done.table}"', 1))
         stream.truncate()
     draft.replace(LOADED)
 
@@ -442,13 +478,14 @@ def _confirm(draft: Path, fingerprint: str) -> None:
 def loaded() -> dict[str, Any]:
     """Return what the last applier has left: ``fingerprint``, ``static`` (see netlink) and more.
 
-    ``applies``: how often rules were applied since they were first loaded. ``{}`` when no rules are wanted. Where it is
-    not known what was loaded, the fingerprint is none that anything has.
+    ``table``: the handle of the table that it made. ``applies``: how often rules were applied since they were first
+    loaded. ``{}`` when no rules are wanted. Where it is not known what was loaded, nothing that is loaded is like it.
     """
     try:
         found: dict[str, Any] = json.loads(LOADED.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError):
-        return {"applies": 0, "fingerprint": _UNKNOWN, "key": "", "objects": [], "static": []}
+        nothing = {"fingerprint": _UNKNOWN, "table": _NO_TABLE, "key": "", "objects": [], "static": []}
+        return {"applies": 0, **nothing}
     return found

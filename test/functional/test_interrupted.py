@@ -238,7 +238,7 @@ def test_flush_during_a_load_is_seen(site: Site, host: Host, firewall: Firewall,
     for number in itertools.count():
         firewall.run("flush ruleset")
         if not recorded:
-            host.call(ruleset.LOADED.unlink)
+            host.run(TOOL, "unload")
         with Steps(host, TOOL, "load") as steps:
             flushed = [firewall.run("flush ruleset") for place, _ in enumerate(steps) if place == number]
         assert steps.process.returncode == 0, steps.output
@@ -268,21 +268,57 @@ def test_flush_while_a_load_looks_at_the_rules(site: Site, host: Host, firewall:
             break
 
 
-#: Who loads the rules: mailfw.service, or the agent, which may make no namespaces.
-LOADERS = {"service": (), "agent": ("setpriv", "--bounding-set", "-all,+net_admin", "--inh-caps", "-all,+net_admin")}
+#: How mailfw-rules runs when the agent has it run, which may make no namespaces.
+AGENT = ("setpriv", "--bounding-set", "-all,+net_admin", "--inh-caps", "-all,+net_admin")
+#: Who sees to rules that nft alone has loaded.
+LOADERS = {"service": (TOOL, "load"), "agent": (*AGENT, TOOL, "repair")}
 
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_load_after_one_that_knew_nobody(site: Site, host: Host, firewall: Firewall, loader: str) -> None:
     """Where Python is broken, nft alone loads the rules; what the snapshot knows comes with the next load."""
     ends = known(host).ends
+    host.run(TOOL, "load")
     host.run(TOOL, "unload")
+    host.call(ruleset.UNLOADED.replace, ruleset.LOADED)
     firewall.run(ruleset.joined(site.old.files))
-    host.call(ruleset.LOADED.touch)
     assert known(host).ends == {}
     assert not site.is_recorded()
-    host.run(*LOADERS[loader], TOOL, "load")
+    host.run(*LOADERS[loader])
     site.assert_whole(site.old, ends)
+
+
+def test_load_after_one_that_nobody_knows_of(site: Site, host: Host, firewall: Firewall) -> None:
+    """The same since the host has booted: the agent says so, and takes nothing away."""
+    ends = known(host).ends
+    host.run(TOOL, "unload")
+    host.call(ruleset.UNLOADED.unlink)
+    host.call(ruleset.LOADED.touch)
+    firewall.run(ruleset.joined(site.old.files))
+    firewall.trust("198.51.100.30")
+    done = host.run(*LOADERS["agent"], check=False)
+    assert "`systemctl reload mailfw` finds out" in done.stderr
+    assert "trusted_ipv4 198.51.100.30 . 993" in known(host).ends
+    firewall.untrust("198.51.100.30")
+    host.run(*LOADERS["service"])
+    site.assert_whole(site.old, ends)
+
+
+def test_last_snapshot_is_not_one_of_a_table_that_knows_nobody(site: Site, host: Host, firewall: Firewall) -> None:
+    ends = known(host).ends
+    firewall.run("flush ruleset")
+    firewall.run(ruleset.joined(site.old.files))
+    host.run(TOOL, "unload")
+    host.run(TOOL, "load")
+    site.assert_whole(site.old, ends)
+
+
+def test_repair_of_rules_that_were_unloaded(site: Site, host: Host) -> None:
+    """As where somebody flushes them first: what the agent has begun then loads nothing."""
+    host.run(TOOL, "unload")
+    host.run(TOOL, "repair")
+    assert known(host).rules == []
+    assert host.call(ruleset.loaded) == {}
 
 
 @pytest.fixture
@@ -387,6 +423,6 @@ def test_agent_that_is_killed_during_a_repair(
 
 
 def repairing(agent: Agent) -> bool:
-    """Return whether the agent has a process that loads the rules."""
+    """Return whether the agent has a process that repairs the rules."""
     shown = subprocess.run(["ps", "-o", "args=", *map(str, processes(agent.pid))], capture_output=True, text=True)
-    return f"{TOOL} load" in shown.stdout
+    return f"{TOOL} repair" in shown.stdout

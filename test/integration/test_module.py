@@ -149,7 +149,10 @@ def test_a_block_is_an_event_on_the_master(fleet: Fleet, mx1: MailHost) -> None:
     found = event.data["data"]
     assert (found["host"], found["address"], found["reason"]) == ("mx1", address, "ticket 17")
     assert 3500 < found["until"] - moment < 3700
+    kept = mx1.host.path("/var/lib/mailfw/snapshot")
+    wait_for("a snapshot has it", lambda: address in kept.read_text())
     fleet.call(mx1, "mailfw.unblock", address)
+    wait_for("it no longer has it", lambda: address not in kept.read_text())
 
 
 def test_a_block_ends_idle_sessions_at_once(fleet: Fleet, mx1: MailHost) -> None:

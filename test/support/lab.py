@@ -25,7 +25,7 @@ LAB = REPOSITORY / "test/lab/lab"
 MAILCLIENT = REPOSITORY / "test/support/mailclient.py"
 SALTCLIENT = REPOSITORY / "test/support/saltclient.py"
 #: A call that takes longer than this many seconds hangs.
-SALT_LIMIT = 600
+SALT_LIMIT = 240
 
 ADDRESSES = {"mx1": ("192.0.2.11", "2001:db8:0:1::11"), "mx2": ("192.0.2.12", "2001:db8:0:1::12")}
 SERVICES = {
@@ -75,6 +75,12 @@ def run(host: str, *command: str, check: bool = True, text: str | None = None) -
     if check and done.returncode:
         raise LabError(f"{host}: {' '.join(command)}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done.stdout
+
+
+def gone() -> list[str]:
+    """Return the hosts of the lab that were booted and have ended."""
+    booted = [node for node in hosts.HOSTS if (hosts.directory(node) / "nspawn.pid").exists()]
+    return [node.name for node in booted if not hosts.alive(node)]
 
 
 def fail_power(host: str) -> None:

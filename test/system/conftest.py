@@ -20,6 +20,12 @@ HOSTS = ("mx1", "mx2")
 ENVIRONMENTS = {"mx1": "prod", "mx2": "staging"}
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Say at once that a host has ended, rather than wait for it in every test."""
+    if gone := lab.gone():
+        pytest.fail(f"not there any more: {gone}")
+
+
 @dataclass(frozen=True)
 class Beginning:
     """What was on hosts that had never seen mailfw, and what the first states said and did there, by state ID."""

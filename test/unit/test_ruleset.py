@@ -435,6 +435,9 @@ def test_files_on_disk(tmp_path):
     ]
 
 
+DONE = ruleset.Applied("diff", "0123456789abcdef" * 4, "00000000000000ff")
+
+
 @pytest.fixture
 def kernel(monkeypatch, tmp_path):
     """A kernel that takes every script, or none when ``refuses`` is set; ``taken`` has the scripts."""
@@ -447,7 +450,7 @@ def kernel(monkeypatch, tmp_path):
             if self.refuses:
                 raise nft.NftError("syntax error")
             self.taken.append(script)
-            return "diff", "0123456789abcdef"
+            return DONE
 
     made = Kernel()
     monkeypatch.setattr(ruleset, "_apply", made.apply)
@@ -513,11 +516,11 @@ def test_a_record_of_no_use_is_of_nothing_that_is_loaded(tmp_path, monkeypatch, 
 def test_record_tells_what_the_kernel_makes_of_the_same_script(tmp_path, monkeypatch):
     monkeypatch.setattr(ruleset, "LOADED", tmp_path / "loaded")
     monkeypatch.setattr(ruleset, "wanted", lambda script: {("chain", "new"): script})
-    ruleset._record("SCRIPT", OLD, "0123456789abcdef")
+    ruleset._record("SCRIPT", OLD, DONE)
     assert ruleset._known("SCRIPT") == OLD
     assert ruleset._known("OTHER") == {("chain", "new"): "OTHER"}
     assert ruleset.loaded()["static"] == ["services", "trusted_networks_ipv4"]
-    assert ruleset.loaded()["fingerprint"] == "0123456789abcdef"
+    assert (ruleset.loaded()["fingerprint"], ruleset.loaded()["table"]) == DONE[1:]
     monkeypatch.setattr(os, "uname", lambda: mock.Mock(release="another kernel"))
     assert ruleset._known("SCRIPT") == {("chain", "new"): "SCRIPT"}
 
