@@ -117,6 +117,8 @@ class Keeper:
             self._pause, self._patience = self._patience, min(2 * self._patience, PATIENCE)
             raise WorkError(f"they were altered, and the repair fails: {done.stderr.strip()}")
         self._patience = LOOK
+        if not ruleset.loaded():  # They were unloaded before it could begin.
+            return
         self.heals += 1
         log.warning("the rules were altered by somebody and are repaired:\n%s", done.stdout.strip())
         self._tell([line.partition(": ")[2] for line in done.stdout.splitlines() if line.startswith("altered: ")])

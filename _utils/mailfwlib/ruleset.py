@@ -238,9 +238,16 @@ def reload(directory: Path = RULES) -> str:
     """
     with turn():
         if not LOADED.exists():
-            with contextlib.suppress(OSError):
-                UNLOADED.replace(LOADED) if UNLOADED.exists() else LOADED.touch(mode=0o600)
+            _want()
         return _reload(directory)
+
+
+def _want() -> None:
+    with contextlib.suppress(OSError):  # A full disk is no reason to do without rules.
+        if UNLOADED.exists():
+            UNLOADED.replace(LOADED)
+        else:
+            LOADED.touch(mode=0o600)
 
 
 def repair(directory: Path = RULES) -> str:
@@ -285,7 +292,7 @@ def _apply(script: str, new: Objects) -> Applied:
     elif changed:
         _change(script, old, new)
     if old and not _has_made(table):
-        _recall(new)
+        _recall(new, table)
     if not changed:
         return Applied("", fingerprint, table)
     table, fingerprint = _table(), _fingerprint(new)
@@ -322,14 +329,16 @@ def _change(script: str, old: Objects, new: Objects) -> None:
             client.ask("again", str(since))
 
 
-def _recall(new: Objects) -> None:
+def _recall(new: Objects, table: str) -> None:
     """Add what there was to a table that mailfw has not made: nft alone did, as where Python is broken."""
     nft.run(_always(new))
     try:
         nft.run(_last_snapshot(new))
-    except nft.NftKilledError:  # The snapshot need not be at fault: it is tried again.
-        raise
-    except (snapshot.SnapshotError, nft.NftError) as err:
+    except snapshot.SnapshotError as err:
+        _set_aside(err)
+    except nft.NftError as err:
+        if isinstance(err, nft.NftKilledError) or _table() != table:  # The snapshot need not be at fault.
+            raise
         _set_aside(err)
 
 

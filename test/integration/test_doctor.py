@@ -191,8 +191,12 @@ def test_what_is_wrong_is_named_by_host(fleet: Fleet, mx1: MailHost, mx2: MailHo
     finally:
         fleet.call(mx1, "mailfw.close")
     assert status == 1
-    returned = fleet.events.get_events({("master", "salt/job/*/ret/mx1")}, after_time=moment)
-    assert [event.data["retcode"] for event in returned if event.data["fun"] == "mailfw.doctor"] == [1]
+
+    def retcodes() -> list[int]:
+        returned = fleet.events.get_events({("master", "salt/job/*/ret/mx1")}, after_time=moment)
+        return [event.data["retcode"] for event in returned if event.data["fun"] == "mailfw.doctor"]
+
+    assert wait_for("the event", retcodes) == [1]
     assert without_mail_servers(said["hosts"]["mx1"]).keys() == {"rules are in force"}
     assert without_mail_servers(said["hosts"]["mx2"]).keys() == {"its keys are the master's"}
     assert "neither believes the other" in said["hosts"]["mx2"]["its keys are the master's"]["found"]

@@ -200,6 +200,7 @@ def test_a_restarted_agent_knows_who_is_trusted(fleet: Fleet, mx1: MailHost) -> 
     mx1.agent.start()
     mx1.agent.login(address)
     assert mx1.agent.status()["outbox"] == 0
+    fleet.ran_since(moment)
     assert sum(address in message for message in fleet.announcements_since(moment)) == 1
 
 

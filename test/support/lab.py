@@ -271,18 +271,32 @@ def set_pillar(environment: str, **mailfw: Any) -> None:
     run("master", "tee", f"/srv/pillar/{environment}/mailfw.sls", text=json.dumps({"mailfw": mailfw}, indent=1))
 
 
-#: Empties the sets that rules and logins fill, then has the agent forget the addresses that it is given.
+ASK_STATUS = """
+import sys
+sys.path.insert(0, "/usr/lib/mailfw")
+from mailfwlib import client
+print(client.ask("status"))
+"""
+
+
+def agent_status(host: str) -> dict[str, Any]:
+    """Return what a host's agent says, without Salt."""
+    return json.loads(run(host, "python3", "-IB", "-c", ASK_STATUS))
+
+
+#: Has the agent forget the addresses that it is given, after logins that wait, and empties the sets that rules and
+#: logins fill.
 FORGET = """
-for set in $(nft -t list sets | awk '/^\\tset (trusted|banned|rate|waiting)_/ && !/networks/ { print $2 }'); do
-  nft flush set inet mailfw $set
-done
-exec python3 -IB -c '
+python3 -IB -c '
 import sys
 sys.path.insert(0, "/usr/lib/mailfw")
 from mailfwlib import client
 for address in sys.argv[1:]:
     client.ask("forget", address)
-' "$@"
+' "$@" || exit
+for set in $(nft -t list sets | awk '/^\\tset (trusted|banned|rate|waiting)_/ && !/networks/ { print $2 }'); do
+  nft flush set inet mailfw $set
+done
 """
 #: How the agent knows the lab's clients.
 CLIENTS = ("198.51.100.10", "2001:db8:0:2::", "203.0.113.10", "2001:db8:0:3::")

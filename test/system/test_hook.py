@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -76,6 +77,9 @@ def protected(fleet: object) -> None:
 
 @pytest.fixture(autouse=True)
 def nobody_is_known() -> None:
+    """No host trusts anybody, and no login of the test before is still on its way to the other host."""
+    lab.wait_until(lambda: not any(lab.agent_status(host)["outbox"] for host in HOSTS), "nothing waits")
+    time.sleep(0.5)
     lab.forget(*HOSTS)
 
 

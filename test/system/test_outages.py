@@ -7,11 +7,9 @@ been told to start again: the time that Salt takes to be of use is part of the f
 from __future__ import annotations
 
 import contextlib
-import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
@@ -57,19 +55,6 @@ def protected(fleet: object) -> Iterator[None]:
         lab.run(host, "rm", OVERRIDE)
         lab.run(host, "systemctl", "restart", "salt-minion")
     lab.wait_for_minions(*HOSTS)
-
-
-ASK_STATUS = """
-import sys
-sys.path.insert(0, "/usr/lib/mailfw")
-from mailfwlib import client
-print(client.ask("status"))
-"""
-
-
-def agent_status(host: str) -> dict[str, Any]:
-    """Return what a host's agent says, without Salt."""
-    return json.loads(lab.run(host, "python3", "-IB", "-c", ASK_STATUS))
 
 
 class People:
@@ -128,9 +113,9 @@ def people() -> Iterator[People]:
         everybody.come(host)
     lab.wait_until(everybody.are_known_everywhere, "both hosts know everybody before the outage")
     yield everybody
-    lab.wait_until(lambda: not any(agent_status(host)["outbox"] for host in HOSTS), "nothing waits", LATEST)
+    lab.wait_until(lambda: not any(lab.agent_status(host)["outbox"] for host in HOSTS), "nothing waits", LATEST)
     for host in HOSTS:
-        status = agent_status(host)
+        status = lab.agent_status(host)
         assert status["dropped"] == 0
         assert status["seconds_since_echo"] <= time.time() - began
 
