@@ -31,6 +31,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import pwd
 import queue
@@ -75,6 +76,8 @@ MOST_PLACES = 100
 MOST_REVOKED = 500
 #: Users of whom it is remembered that an event has told of their roaming.
 MOST_ROAMING = 10_000
+#: A login of the fleet that is heard of so many seconds later is a late one.
+LATE = 30.0
 #: Seconds until it is tried again to trust who has logged in since rules were loaded.
 RETRY = 1.0
 #: The same complaint is logged once in this many seconds.
@@ -132,6 +135,8 @@ class Agent:
         self._roaming: dict[str, float] = {}
         self.announcer = Announcer(lambda: self.settings)
         #: What the keeper has told: since when elements may be missing, and what was altered, None if it was no repair.
+        #: Since when elements may be missing; addresses whose trust could not be put into the kernel's sets.
+        self._missing_since, self._waiting = math.inf, set[Address]()
         self._renew_at = 0.0
         self._renewals: queue.SimpleQueue[tuple[float, list[str] | None]] = queue.SimpleQueue()
         self.keeper = Keeper(lambda since, altered: self._renewals.put((since, altered)))
@@ -144,7 +149,7 @@ class Agent:
     def _recall(self) -> None:
         """Learn from the kernel's sets who is trusted, once: at the start, or as soon as there are some."""
         kernel, now = netlink.Kernel(), time.time()
-        self._has_recalled = kernel.table() is not None
+        self._has_recalled = kernel.table() is not None and ruleset.is_ours()
         for family in FAMILIES:
             found: dict[str, list[tuple[int, Ending]]] = {}
             try:
@@ -380,6 +385,8 @@ class Agent:
             if err.full:  # A login lifts its source's bans, even if there is no room left for its trust.
                 self._nft.run(elements.unban(address, ROLES, self.settings))
                 raise RefusedError(f"{address} cannot be trusted: {err}") from err
+            if len(self._waiting) < MOST_LOGINS:
+                self._waiting.add(key)
         self._remember(key, until)
         for port, ending in endings.items():
             self._given.pop((key, port), None)
@@ -441,40 +448,50 @@ class Agent:
 
     def _after_renewals(self) -> None:
         """Trust again who has logged in since the snapshot that rules were loaded with, and tell of repairs."""
-        while not self._renewals.empty() and time.monotonic() >= self._renew_at:
+        while not self._renewals.empty():
             since, altered = self._renewals.get()
-            try:
-                self._trust_again(since)
-            except nft.NftError as err:
-                if not err.full and ruleset.loaded():  # Somebody has taken the rules away again.
-                    self._renewals.put((since, altered))
-                    self._renew_at = time.monotonic() + RETRY
-                    self._complain("renewals", f"logins since the last snapshot wait to be trusted again: {err}")
-                    return
-                log.error("not every login since the last snapshot is trusted again: %s", err)
-            if not self._has_recalled:  # There was no table when this agent has started.
-                self._recall()
+            self._missing_since = min(since, self._missing_since)
             if altered is not None:
-                found = {"host": self.settings["host"]["id"], "altered": altered}
-                self.announcer.tell("mailfw/healed", found)
-            if self._renewals.empty():
-                self.keeper.is_whole.set()
+                self.announcer.tell("mailfw/healed", {"host": self.settings["host"]["id"], "altered": altered})
+        is_renewed = self._missing_since < math.inf
+        if time.monotonic() < self._renew_at or not (is_renewed or (self._waiting and ruleset.LOADED.exists())):
+            return
+        try:
+            if is_renewed:
+                self._trust_again(self._missing_since)
+            self._trust_waiting()
+        except nft.NftError as err:
+            self._renew_at = time.monotonic() + RETRY  # Somebody has taken the rules away again.
+            self._complain("renewals", f"logins since the last snapshot wait to be trusted again: {err}")
+            return
+        if not self._has_recalled:  # There was no table when this agent has started, or one that lacked elements.
+            self._recall()
+        if is_renewed:
+            self._missing_since = math.inf
+            self.keeper.is_whole.set()
 
     def _trust_again(self, since: float) -> None:
-        """Raises NftError."""
+        """Raises NftError, but not if it is that a set is full."""
         now, period = time.time(), self.settings["trusted"]["period"]
-        recent = [(key, until) for key, until in self._earned.items() if until > now and until - period >= since - 1]
-        for key, until in recent:
-            try:
-                self._put(key, self._endings(key, until))
-            except nft.NftError as err:
-                if not err.full:
-                    raise
+        for key, until in list(self._earned.items()):
+            if until > now and until - period >= since - 1:
+                with _unless_full():
+                    self._put(key, self._endings(key, until))
         for key in [key for key, at in self._ended.items() if at >= since - 1 and key not in self._earned]:
-            self._nft.run(elements.untrust(key, login_ports(self.settings), self.settings))
+            with _unless_full():
+                self._nft.run(elements.untrust(key, login_ports(self.settings), self.settings))
         for (key, port), given in list(self._given.items()):
             if given.until > now:
-                self._nft.run(self._script(key, {port: given}))
+                with _unless_full():
+                    self._nft.run(self._script(key, {port: given}))
+
+    def _trust_waiting(self) -> None:
+        """Trust whom logins have earned trust while there were no rules. Raises NftError as above."""
+        for key in list(self._waiting):
+            if (until := self._earned.get(key, 0.0)) > time.time():
+                with _unless_full():
+                    self._put(key, self._endings(key, until))
+            self._waiting.discard(key)
 
     def _forget(self, key: Address) -> None:
         self._end(key)
@@ -581,6 +598,8 @@ class Agent:
             self._trust(address, endings, until)
         except RefusedError:
             return False
+        if time.time() - at > LATE:  # It would pass for one that the last snapshot has.
+            self.keeper.save_soon()
         if until - known >= self.settings["trusted"]["period"] / 10:
             self._record_trust(address, list(endings), until, "fleet")
         return True
@@ -609,6 +628,17 @@ class Agent:
                 self._complained.clear()
             self._complained[about] = now
             log.warning("%s", sentence)
+
+
+@contextlib.contextmanager
+def _unless_full() -> Iterator[None]:
+    """Log that a set is full, rather than raise that."""
+    try:
+        yield
+    except nft.NftError as err:
+        if not err.full:
+            raise
+        log.error("not every login since the last snapshot is trusted again: %s", err)
 
 
 def _check_name(user: str) -> None:

@@ -52,6 +52,10 @@ class Keeper:
         self._known_until = _modified(snapshot.PATH)
         self._snapshot_at = 0.0
         self._next_snapshot = self._rested = time.monotonic()
+        #: Somebody has asked for a snapshot.
+        self._is_asked = False
+        #: A process that was ended, but may not have.
+        self._hung: Optional[subprocess.Popen[str]] = None
         self._pause = LOOK
         #: What the pause after the next repair that fails will be.
         self._patience = LOOK
@@ -74,13 +78,13 @@ class Keeper:
         return {"heals": self.heals, "last_snapshot": self._snapshot_at or None}
 
     def save_soon(self) -> None:
-        """Have a snapshot taken with the next look: somebody has changed what no login brings back."""
-        self._next_snapshot = self._rested
+        """Have a snapshot taken with the next look: something was changed that no login brings back."""
+        self._is_asked = True
 
     def _work(self) -> None:
         self._pause = LOOK
         self._look()
-        if time.monotonic() >= self._next_snapshot:
+        if time.monotonic() >= (self._rested if self._is_asked else self._next_snapshot):
             self._snapshot()
 
     def _look(self) -> None:
@@ -126,15 +130,18 @@ class Keeper:
     def _tell(self, altered: Optional[list[str]]) -> None:
         self._is_unfinished, self._table = False, self._kernel.table()
         self.is_whole.clear()
-        self._renewed(self._known_until, altered)
+        # A snapshot that could not be read was set aside.
+        self._renewed(self._known_until if snapshot.PATH.exists() else 0.0, altered)
 
     def _snapshot(self) -> None:
         if self.is_whole.is_set() and ruleset.loaded() and self._kernel.table() == self._table and not self._differs():
             self._snapshots.make(self._save)
 
     def _save(self) -> None:
+        if self._hung and self._hung.poll() is None:
+            raise WorkError("the last one has still not come to its end")
         clock, began = time.time(), time.monotonic()
-        self._next_snapshot = began + SNAPSHOT
+        self._next_snapshot, self._is_asked = began + SNAPSHOT, False
         done = self._run("save", lambda: not self._is_damaged())
         if done.returncode:
             raise WorkError(done.stderr.strip())
@@ -158,6 +165,7 @@ class Keeper:
                     raise WorkError(f"mailfw-rules {verb} did not come to its end, and was ended")
         except BaseException:
             process.kill()  # Not waited for: on a dying disk it may not end.
+            self._hung = process
             raise
 
 

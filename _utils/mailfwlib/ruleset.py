@@ -239,7 +239,8 @@ def reload(directory: Path = RULES) -> str:
     with turn():
         if not LOADED.exists():
             _want()
-        return _reload(directory)
+        script = joined(present(directory))
+        return _apply_and_record(script, _known(script))
 
 
 def _want() -> None:
@@ -251,22 +252,24 @@ def _want() -> None:
 
 
 def repair(directory: Path = RULES) -> str:
-    """Do the same if rules are wanted. Raises NftError."""
+    """Do the same if rules are wanted. Raises NftError.
+
+    For the agent, which may make no namespaces: it has to go by what is known already.
+    """
     with turn():
         if not LOADED.exists():
             return ""
+        script, record = joined(present(directory)), loaded()
         try:
-            return _reload(directory)
+            return _apply_and_record(script, _known(script))
         except nft.NftError as err:
-            if loaded()["key"]:
-                raise
-            # The agent may make no namespaces, and it was not Python that has loaded them since the host has booted.
-            raise nft.NftError(f"it is not known what was loaded: `systemctl reload mailfw` finds out ({err})") from err
-
-
-def _reload(directory: Path) -> str:
-    script = joined(present(directory))
-    return _apply_and_record(script, _known(script))
+            if record.get("script") != _hash(script) or live():
+                raise nft.NftError(f"{err}\nIf that is no mistake in {directory}: `systemctl reload mailfw`") from err
+        # It is the same script, and another nft than then: nothing is lost by loading it.
+        _create(script, _objects_of(record))
+        if not (new := live()):
+            raise nft.NftError("the rules were taken away again")
+        return _apply_and_record(script, new)
 
 
 def _apply_and_record(script: str, new: Objects) -> str:
@@ -305,9 +308,13 @@ def _table() -> str:
     return handle.hex() if handle else _NO_TABLE
 
 
+def is_ours() -> bool:
+    """Return whether it is mailfw that has made the table, with all elements. Without any record, it has."""
+    return _has_made(_table())
+
+
 def _has_made(table: str) -> bool:
-    """Return whether it is mailfw that has made the table, with all elements. Before there is a record, it has."""
-    return bool(loaded().get("table", table) == table)
+    return bool(loaded().get("table", table) == table) if LOADED.exists() else not UNLOADED.exists()
 
 
 def _fingerprint(objects: Objects) -> str:
@@ -333,13 +340,17 @@ def _recall(new: Objects, table: str) -> None:
     """Add what there was to a table that mailfw has not made: nft alone did, as where Python is broken."""
     nft.run(_always(new))
     try:
-        nft.run(_last_snapshot(new))
+        found = _last_snapshot(new)
     except snapshot.SnapshotError as err:
         _set_aside(err)
-    except nft.NftError as err:
-        if isinstance(err, nft.NftKilledError) or _table() != table:  # The snapshot need not be at fault.
-            raise
-        _set_aside(err)
+        return
+    for line in found.splitlines():  # One set after the other: there may be no room left in one.
+        try:
+            nft.run(line)
+        except nft.NftError as err:
+            if isinstance(err, nft.NftKilledError) or _table() != table:
+                raise
+            log.error("not all elements of the last snapshot are loaded: %s", err)
 
 
 def _set_aside(err: Exception) -> None:
@@ -434,8 +445,7 @@ def unload() -> None:
     """Take the table away, and say that this is on purpose, after a last snapshot."""
     with turn():
         try:
-            if _has_made(_table()):  # Another one may lack what the snapshot has.
-                log.info("snapshot %s", snapshot.save())
+            log.info("snapshot %s", snapshot.save(is_whole=is_ours))
         except (nft.NftError, OSError) as err:
             log.error("no last snapshot: %s", err)
         with contextlib.suppress(FileNotFoundError):
@@ -447,15 +457,23 @@ def _known(script: str) -> Objects:
     """Return what the kernel makes of a script; of the one that is loaded this is known already."""
     record = loaded()
     if record and record["key"] == _key(script):
-        return {(kind, name): text for kind, name, text in record["objects"]}
+        return _objects_of(record)
     return wanted(script)
+
+
+def _objects_of(record: dict[str, Any]) -> Objects:
+    return {(kind, name): text for kind, name, text in record["objects"]}
 
 
 def _key(script: str) -> str:
     """Return what tells a script from others, and from itself under another kernel or nft: they list it differently."""
     where = shutil.which("nft", path="/usr/sbin:/sbin:/usr/bin:/bin")
     stamp = os.stat(where).st_mtime_ns if where else 0
-    return hashlib.sha256(f"{os.uname().release} {stamp}\n{script}".encode()).hexdigest()
+    return _hash(f"{os.uname().release} {stamp}\n{script}")
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _record(script: str, new: Objects, done: Applied) -> None:
@@ -470,7 +488,7 @@ def _draft(path: Path, script: str, new: Objects) -> None:
     objects = [[*key, text] for key, text in new.items()]
     applies = loaded().get("applies", 0) + 1
     record = {"applies": applies, "fingerprint": _UNKNOWN, "key": _key(script), "objects": objects}
-    record |= {"static": _static(new), "table": _NO_TABLE}
+    record |= {"script": _hash(script), "static": _static(new), "table": _NO_TABLE}
     files.replace(path, json.dumps(record))
 
 
@@ -482,6 +500,7 @@ def _confirm(draft: Path, done: Applied) -> None:
         stream.write(text.replace(_UNKNOWN, done.fingerprint, 1).replace(f'"{_NO_TABLE}"', f'"{done.table}"', 1))
         stream.truncate()
     draft.replace(LOADED)
+    UNLOADED.unlink(missing_ok=True)
 
 
 def loaded() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, Optional
 from urllib.parse import quote, unquote
@@ -145,12 +145,15 @@ def _flat(elements: Elements) -> dict[tuple[str, str, str], float]:
     }
 
 
-def save(path: Path = PATH) -> str:
+def save(path: Path = PATH, is_whole: Callable[[], bool] = lambda: True) -> str:
     """Write the loaded elements to disk, unless the snapshot there says the same; return what was done.
 
-    The file is replaced at once: a reader, or a power failure, finds the old or the new one. Raises NftError, OSError.
+    The file is replaced at once: a reader, or a power failure, finds the old or the new one. ``is_whole`` says whether
+    the table that was listed has all that it should have. Raises NftError, OSError.
     """
     elements = current()
+    if not is_whole():
+        raise nft.NftError("the table that is loaded may lack what the last snapshot has")
     count = sum(map(len, elements.values()))
     try:
         if same(parse(path.read_text(encoding="ascii")), elements):

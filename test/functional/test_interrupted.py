@@ -297,11 +297,44 @@ def test_load_after_one_that_nobody_knows_of(site: Site, host: Host, firewall: F
     firewall.run(ruleset.joined(site.old.files))
     firewall.trust("198.51.100.30")
     done = host.run(*LOADERS["agent"], check=False)
-    assert "`systemctl reload mailfw` finds out" in done.stderr
+    assert "`systemctl reload mailfw`" in done.stderr
     assert "trusted_ipv4 198.51.100.30 . 993" in known(host).ends
     firewall.untrust("198.51.100.30")
     host.run(*LOADERS["service"])
     site.assert_whole(site.old, ends)
+
+
+def test_repair_after_an_upgrade_of_nft(site: Site, host: Host, firewall: Firewall) -> None:
+    """Another nft may list the same rules in another way, and the agent cannot find out how."""
+    ends = known(host).ends
+    host.run(TOOL, "load")
+    record = host.call(ruleset.loaded)
+    host.call(ruleset.LOADED.write_text, json.dumps({**record, "key": "of another nft"}))
+    firewall.run("flush ruleset")
+    host.run(*LOADERS["agent"])
+    site.assert_whole(site.old, ends)
+
+
+def test_apply_after_rules_that_nft_alone_has_loaded(site: Site, host: Host, firewall: Firewall) -> None:
+    """Somebody stops mailfw, and loads its rules by hand."""
+    ends = known(host).ends
+    host.run(TOOL, "unload")
+    firewall.run(ruleset.joined(site.old.files))
+    host.call(ruleset.install, site.old.files)
+    site.assert_whole(site.old, ends)
+
+
+def test_recall_goes_on_after_a_set_that_is_full(site: Site, host: Host, firewall: Firewall) -> None:
+    few = {**OLD, "sizes": {"banned": 2}}
+    host.call(ruleset.install, rule_files(settings.resolve(few)))
+    firewall.ban("203.0.113.20", ("dovecot",))
+    host.run(TOOL, "unload")
+    firewall.run(ruleset.joined(host.call(ruleset.present)))
+    firewall.ban("203.0.113.21", ("dovecot",))
+    done = host.run(TOOL, "load")
+    assert "not all elements of the last snapshot are loaded: " in done.stderr
+    assert {"trusted_ipv4 198.51.100.10 . 993", "blocked_ipv4 203.0.113.10"} <= known(host).ends.keys()
+    assert host.call(snapshot.load)["blocked_ipv4"]
 
 
 def test_last_snapshot_is_not_one_of_a_table_that_knows_nobody(site: Site, host: Host, firewall: Firewall) -> None:

@@ -173,9 +173,9 @@ def test_repair_does_not_wait_for_a_snapshot_that_hangs(
 
 
 def command_of(process: Path) -> str:
-    """Return the name of a process's program."""
+    """Return the command of a process; empty when it has ended."""
     with contextlib.suppress(OSError):
-        return (process / "comm").read_text()
+        return (process / "cmdline").read_text()
     return ""
 
 
@@ -215,6 +215,25 @@ def test_agent_sees_to_rules_that_nft_alone_has_loaded(
     assert f"{source} . 587" in installed.elements(f"trusted_{family}")
     flush(installed)
     until(lambda: agent.status()["heals"] == 2, "repaired", SOON)
+
+
+def test_agent_that_has_started_before_elements_were_there_learns_of_them(
+    agent: Agent, installed: Firewall, host: Host, family: str
+) -> None:
+    source = KEY_OF[family]
+    installed.trust(source, 30 * 86400, [587], note="root")
+    agent.restart()
+    tool(host, "save")
+    tool(host, "unload")
+    host.call(ruleset.UNLOADED.replace, ruleset.LOADED)
+    agent.stop()
+    installed.run(ruleset.joined(host.call(ruleset.present)))
+    agent.start()
+    until(lambda: agent.status()["heals"] == 1, "seen to", SOON)
+    until(lambda: f"{source} . 587" in installed.elements(f"trusted_{family}"), "trusted again")
+    time.sleep(1)
+    agent.login(source)
+    assert installed.elements(f"trusted_{family}")[f"{source} . 587"] > 29 * 86400
 
 
 def test_agent_leaves_an_unloaded_table_alone(agent: Agent, installed: Firewall, host: Host) -> None:
