@@ -29,7 +29,7 @@ lint: $(VENV)/done
 unit functional integration system: $(VENV)/done
 	$(PYTEST) test/$@
 
-# Many thousands of logins, and what agent and Salt helper hold meanwhile; the network cut for a minute: twenty minutes.
+# Many thousands of logins, and what agent and Salt helper hold meanwhile; the network cut for a minute: ten minutes.
 soak: packages $(VENV)/done
 	$(PYTEST) -s --show-capture=no test/soak
 
