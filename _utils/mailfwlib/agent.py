@@ -134,10 +134,10 @@ class Agent:
         #: When an event has told that a user logs in from more addresses than are trusted: user's key -> Unix time.
         self._roaming: dict[str, float] = {}
         self.announcer = Announcer(lambda: self.settings)
+        #: Since when elements may be missing; addresses whose trust could not be put into the kernel's sets; when it is
+        #: tried again to put them there.
+        self._missing_since, self._waiting, self._renew_at = math.inf, set[Address](), 0.0
         #: What the keeper has told: since when elements may be missing, and what was altered, None if it was no repair.
-        #: Since when elements may be missing; addresses whose trust could not be put into the kernel's sets.
-        self._missing_since, self._waiting = math.inf, set[Address]()
-        self._renew_at = 0.0
         self._renewals: queue.SimpleQueue[tuple[float, list[str] | None]] = queue.SimpleQueue()
         self.keeper = Keeper(lambda since, altered: self._renewals.put((since, altered)))
         self.sessions = Sessions(lambda: self.settings, _still_logged_in)
@@ -454,20 +454,20 @@ class Agent:
             if altered is not None:
                 self.announcer.tell("mailfw/healed", {"host": self.settings["host"]["id"], "altered": altered})
         is_renewed = self._missing_since < math.inf
-        if time.monotonic() < self._renew_at or not (is_renewed or (self._waiting and ruleset.LOADED.exists())):
+        if not (is_renewed or self._waiting) or time.monotonic() < self._renew_at or not ruleset.LOADED.exists():
             return
         try:
             if is_renewed:
                 self._trust_again(self._missing_since)
             self._trust_waiting()
-        except nft.NftError as err:
+            if not self._has_recalled:  # There was no table when this agent has started, or one that lacked elements.
+                self._recall()
+        except (nft.NftError, OSError) as err:
             self._renew_at = time.monotonic() + RETRY  # Somebody has taken the rules away again.
             self._complain("renewals", f"logins since the last snapshot wait to be trusted again: {err}")
             return
-        if not self._has_recalled:  # There was no table when this agent has started, or one that lacked elements.
-            self._recall()
-        if is_renewed:
-            self._missing_since = math.inf
+        self._missing_since = math.inf
+        if self._renewals.empty():
             self.keeper.is_whole.set()
 
     def _trust_again(self, since: float) -> None:
@@ -477,6 +477,7 @@ class Agent:
             if until > now and until - period >= since - 1:
                 with _unless_full():
                     self._put(key, self._endings(key, until))
+                self._waiting.discard(key)
         for key in [key for key, at in self._ended.items() if at >= since - 1 and key not in self._earned]:
             with _unless_full():
                 self._nft.run(elements.untrust(key, login_ports(self.settings), self.settings))

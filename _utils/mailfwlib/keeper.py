@@ -21,8 +21,8 @@ TOOL = "/usr/lib/mailfw/mailfw-rules"
 #: Seconds between two looks at the rules.
 LOOK = 1.0
 #: Seconds between two snapshots, and how many times as long as a snapshot took it is until the next one at least; SOON
-#: if somebody asks for it.
-SNAPSHOT, REST, SOON = 60.0, 50, 5
+#: if somebody asks for it, and then that many seconds at least.
+SNAPSHOT, REST, SOON, SOONEST = 60.0, 50, 5, 2.0
 #: Seconds at most after a repair that failed until the next one; it begins with LOOK, and doubles.
 PATIENCE = 10.0
 #: A process of its own that takes longer than this many seconds hangs.
@@ -146,7 +146,7 @@ class Keeper:
         if done.returncode:
             raise WorkError(done.stderr.strip())
         took = time.monotonic() - began
-        self._rested = began + SOON * took
+        self._rested = began + max(SOONEST, SOON * took)
         self._next_snapshot = max(self._next_snapshot, began + REST * took)
         self._snapshot_at = clock
         if self.is_whole.is_set() and self._kernel.table() == self._table:

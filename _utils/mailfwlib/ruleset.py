@@ -338,19 +338,18 @@ def _change(script: str, old: Objects, new: Objects) -> None:
 
 def _recall(new: Objects, table: str) -> None:
     """Add what there was to a table that mailfw has not made: nft alone did, as where Python is broken."""
-    nft.run(_always(new))
+    found = _always(new)
     try:
-        found = _last_snapshot(new)
+        found += _last_snapshot(new)
     except snapshot.SnapshotError as err:
         _set_aside(err)
-        return
     for line in found.splitlines():  # One set after the other: there may be no room left in one.
         try:
             nft.run(line)
         except nft.NftError as err:
             if isinstance(err, nft.NftKilledError) or _table() != table:
                 raise
-            log.error("not all elements of the last snapshot are loaded: %s", err)
+            log.error("not all that there was is loaded: %s", err)
 
 
 def _set_aside(err: Exception) -> None:

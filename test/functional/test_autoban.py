@@ -279,5 +279,6 @@ def test_packets_of_no_connection_are_dropped(
         forge.packet(source, 143, flags, port, 0) for port in range(1000, 1010)
     ]  # forged attempts come from above
     net.mallory.call(forge.send, packets, kind)
-    until(lambda: firewall.counter("reopened") == len(packets), "all are dropped")
+    # Somebody's connection of a test before may still be ending.
+    until(lambda: firewall.counter("reopened") >= len(packets), "all are dropped")
     assert firewall.counter("counted") == 0
