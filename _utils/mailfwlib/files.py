@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 from pathlib import Path
+from typing import Optional
 
 
 def replace(path: Path, text: str, mode: int = 0o600, owner: str = "root") -> None:
@@ -32,6 +33,14 @@ def replace(path: Path, text: str, mode: int = 0o600, owner: str = "root") -> No
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def modified(path: Path) -> Optional[float]:
+    """Return when a file was written last, in Unix time; None when there is none, or it cannot be looked at."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
 
 
 def _clear_up(path: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
-from mailfwlib import netlink, ruleset, snapshot
+from mailfwlib import files, netlink, ruleset, snapshot
 from mailfwlib.worker import Attempts, Worker, WorkError
 
 TOOL = "/usr/lib/mailfw/mailfw-rules"
@@ -49,7 +49,7 @@ class Keeper:
         self.is_whole = threading.Event()
         self.is_whole.set()
         #: When the last snapshot was taken that has all elements, in Unix time.
-        self._known_until = _modified(snapshot.PATH)
+        self._known_until = files.modified(snapshot.PATH) or 0.0
         self._snapshot_at = 0.0
         self._next_snapshot = self._rested = time.monotonic()
         #: Somebody has asked for a snapshot.
@@ -167,13 +167,6 @@ class Keeper:
             process.kill()  # Not waited for: on a dying disk it may not end.
             self._hung = process
             raise
-
-
-def _modified(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
 
 
 def _stamp(path: Path) -> Any:

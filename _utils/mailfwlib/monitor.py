@@ -110,9 +110,9 @@ class Monitor:
             levels=levels,
             altered=bool(record) and self._kernel.fingerprint(record["static"]) != record["fingerprint"],
             applies=record.get("applies", 0),
-            applied=_modified(ruleset.LOADED),
+            applied=files.modified(ruleset.LOADED),
             opening=self._opening,
-            snapshot=agent["last_snapshot"] or _modified(snapshot.PATH),
+            snapshot=agent["last_snapshot"] or files.modified(snapshot.PATH),
             familiar=len(self.familiar),
             refused={reason: len(self._watch.addresses(reason)) for reason in familiar.REASONS},
             refusals=self._watch.times,
@@ -143,10 +143,3 @@ class Monitor:
                 return
             raise
         self._was_otherwise = True
-
-
-def _modified(path: Path) -> Optional[float]:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return None

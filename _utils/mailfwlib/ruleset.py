@@ -314,7 +314,8 @@ def is_ours() -> bool:
 
 
 def _has_made(table: str) -> bool:
-    return bool(loaded().get("table", table) == table) if LOADED.exists() else not UNLOADED.exists()
+    record = loaded()
+    return bool(record.get("table", table) == table) if record else not UNLOADED.exists()
 
 
 def _fingerprint(objects: Objects) -> str:

@@ -457,6 +457,7 @@ def kernel(monkeypatch, tmp_path):
     monkeypatch.setattr(ruleset, "_known", lambda script: {})
     monkeypatch.setattr(ruleset, "turn", contextlib.nullcontext)
     monkeypatch.setattr(ruleset, "LOADED", tmp_path / "run" / "loaded")
+    monkeypatch.setattr(ruleset, "UNLOADED", tmp_path / "run" / "unloaded")
     return made
 
 
@@ -515,6 +516,7 @@ def test_a_record_of_no_use_is_of_nothing_that_is_loaded(tmp_path, monkeypatch, 
 
 def test_record_tells_what_the_kernel_makes_of_the_same_script(tmp_path, monkeypatch):
     monkeypatch.setattr(ruleset, "LOADED", tmp_path / "loaded")
+    monkeypatch.setattr(ruleset, "UNLOADED", tmp_path / "unloaded")
     monkeypatch.setattr(ruleset, "wanted", lambda script: {("chain", "new"): script})
     ruleset._record("SCRIPT", OLD, DONE)
     assert ruleset._known("SCRIPT") == OLD
