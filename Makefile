@@ -1,6 +1,6 @@
 # make demo   shows the main job on booted hosts, and leaves them up
 # make test   runs every test, from a bare Debian machine, as root
-# Single suites: make lint unit functional integration system
+# Single suites: make lint unit functional integration system; make again runs what has failed last, one after the other
 # make soak   runs many thousands of logins, and shows that nothing grows
 # make bench  measures what the rules cost, and what applying and keeping them takes
 # Single benchmarks: make bench-cost bench-scale bench-login
@@ -9,7 +9,7 @@ export MAILFW_CACHE ?= /var/cache/mailfw
 VENV := $(MAILFW_CACHE)/venv-$(shell sha256sum pyproject.toml | cut -c1-12)
 PYTEST := TMPDIR=/tmp $(VENV)/bin/pytest
 
-.PHONY: demo test lint unit functional integration system soak bench bench-cost bench-scale bench-login docs packages clean
+.PHONY: demo test again lint unit functional integration system soak bench bench-cost bench-scale bench-login docs packages clean
 
 demo: packages $(VENV)/done
 	test/lab/lab up
@@ -25,6 +25,9 @@ lint: $(VENV)/done
 	$(VENV)/bin/mypy
 	$(VENV)/bin/yamllint --strict .
 	$(VENV)/bin/salt-lint $$(git ls-files '*.sls')
+
+again: $(VENV)/done
+	$(PYTEST) --numprocesses 1 --dist loadgroup --last-failed --last-failed-no-failures none
 
 unit functional integration system: $(VENV)/done
 	$(PYTEST) test/$@

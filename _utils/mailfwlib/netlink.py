@@ -39,6 +39,8 @@ _GENERATION_ID = 1
 _NESTED, _COMMENT = 0x8000, 0
 
 _NAME = nft.TABLE.split()[1].encode() + b"\0"
+#: How often a set is listed at most, beside changes that come to no end.
+ATTEMPTS = 4
 
 Attributes = dict[int, bytes]
 
@@ -128,13 +130,14 @@ class Kernel:
         }
 
     def count(self, name: str) -> int:
-        """Return how many elements a set has, by listing it. Raises OSError when there is no such set."""
+        """Return about how many elements a set has, by listing it once. Raises OSError when there is no such set."""
         return sum(sum(1 for _ in _pairs(listed)) for listed in self._elements(name))
 
     def keys(self, name: str) -> Iterator[tuple[bytes, Optional[float]]]:
         """Yield the key of each element (see :func:`key`), and the seconds that are left of it, None without an end.
 
-        Like :meth:`elements`, in less time.
+        In less time than :meth:`elements`, as the set is listed once: if it changes meanwhile, elements may be missing
+        or come twice.
         """
         for listed in self._elements(name):
             for data in _each(listed):
@@ -143,23 +146,38 @@ class Kernel:
                 yield element[_ELEMENT_KEY][4:], _seconds(element.get(_ELEMENT_EXPIRATION))
 
     def tallies(self, name: str) -> Iterator[tuple[bytes, Optional[float], int]]:
-        """Yield what :meth:`keys` does of a set whose elements count packets, and how many these are."""
-        for listed in self._elements(name):
-            for data in _each(listed):
-                element = _attributes(data)
-                counter = _attributes(_attributes(element.get(_ELEMENT_EXPRESSION, b"")).get(_EXPRESSION_DATA, b""))
-                packets = int.from_bytes(counter.get(_COUNTER_PACKETS, b""), "big")
-                yield element[_ELEMENT_KEY][4:], _seconds(element.get(_ELEMENT_EXPIRATION)), packets
+        """Yield what :meth:`elements` does of a set whose elements count packets: key, seconds left and packets."""
+        for element in self._all(name):
+            counter = _attributes(_attributes(element.get(_ELEMENT_EXPRESSION, b"")).get(_EXPRESSION_DATA, b""))
+            packets = int.from_bytes(counter.get(_COUNTER_PACKETS, b""), "big")
+            yield element[_ELEMENT_KEY][4:], _seconds(element.get(_ELEMENT_EXPIRATION)), packets
 
     def elements(self, name: str) -> Iterator[SetElement]:
-        """Yield the elements of a set of addresses, or of addresses and ports.
+        """Yield the elements of a set of addresses, or of addresses and ports: all of them, each once.
 
-        An element may be missing or come twice if the set changes meanwhile. Raises OSError when there is no such set.
+        Those that come or go meanwhile may be missing. Raises OSError when there is no such set.
         """
-        for listed in self._elements(name):
-            for data in _each(listed):
-                element = _attributes(data)
-                yield _element(_value(_attributes(element[_ELEMENT_KEY])[_DATA_VALUE]), element)
+        for element in self._all(name):
+            yield _element(_value(_attributes(element[_ELEMENT_KEY])[_DATA_VALUE]), element)
+
+    def _all(self, name: str) -> Iterator[Attributes]:
+        """Yield each element of a set, in as many lists of it as it takes until one has nothing new.
+
+        The kernel makes a list in parts, and begins each by counting those that it has given. It leaves elements out
+        whenever their order changes between two parts: when others come or go, and when a set that has grown gets
+        more room, which is at an arbitrary moment (6.18: of 60,000 that were just added, up to 3,400 of them).
+        """
+        seen = set[bytes]()
+        for _ in range(ATTEMPTS):
+            before = len(seen)
+            for listed in self._elements(name):
+                for data in _each(listed):
+                    element = _attributes(data)
+                    if element[_ELEMENT_KEY] not in seen:
+                        seen.add(element[_ELEMENT_KEY])
+                        yield element
+            if len(seen) == before:
+                return
 
     def _elements(self, name: str) -> Iterator[bytes]:
         for found in self._ask(_GET_ELEMENTS, attributes=_named(name)):

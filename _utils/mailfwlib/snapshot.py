@@ -42,42 +42,26 @@ class Element(NamedTuple):
 
 #: Set -> its elements.
 Elements = dict[str, list[Element]]
-#: The same, by their values.
-Attempt = dict[str, dict[str, Element]]
-#: How often the sets are listed at most.
-ATTEMPTS = 3
 
 
 def current(wanted: re.Pattern[str] = KEPT) -> Elements:
     """Return the elements that are loaded now of the sets with such names, by default those worth keeping.
 
-    Where people log in all the time there is no moment to list them undisturbed: what any of some attempts has found
-    counts then. Raises NftError, also when no table is loaded: that nobody is trusted is not what such a host knows.
+    Raises NftError, also when no table is loaded: that nobody is trusted is not what such a host knows.
     """
-    kernel, found = netlink.Kernel(), Attempt()
+    kernel = netlink.Kernel()
     try:
-        for _ in range(ATTEMPTS):
-            generation = kernel.generation()
-            seen = _listed(kernel, wanted)
-            if kernel.generation() == generation:
-                found = seen
-                break
-            for name, listed in seen.items():
-                found.setdefault(name, {}).update(listed)
+        found = {
+            # It takes seconds to list very many: each is as the kernel says it at its own moment.
+            name: [_element(one, time.time()) for one in kernel.elements(name)]
+            for name in kernel.sets()
+            if wanted.fullmatch(name)
+        }
     except OSError as err:
         raise nft.NftError(f"the sets cannot be listed: {err.strerror}") from err
     if not found:
         raise nft.NftError("no rules are loaded")
-    return {name: list(listed.values()) for name, listed in found.items()}
-
-
-def _listed(kernel: netlink.Kernel, wanted: re.Pattern[str]) -> Attempt:
-    # It takes seconds to list very many: each is as the kernel says it at its own moment.
-    return {
-        name: {one.value: _element(one, time.time()) for one in kernel.elements(name)}
-        for name in kernel.sets()
-        if wanted.fullmatch(name)
-    }
+    return found
 
 
 def _element(listed: netlink.SetElement, now: float) -> Element:

@@ -238,10 +238,10 @@ STRANGE = {
 
 @pytest.mark.parametrize("name", [name for name in STRANGE if name != "no message"])
 def test_strange_requests_get_an_error_and_change_nothing(agent: Agent, loaded: Firewall, name: str) -> None:
-    before = loaded.nft("list", "ruleset")
+    before = loaded.ruleset()
     assert agent.send(STRANGE[name]).startswith(b"error\0")
     assert agent.running()
-    assert loaded.nft("list", "ruleset") == before
+    assert loaded.ruleset() == before
     assert agent.login(ADDRESS["ipv4"])
 
 

@@ -78,9 +78,9 @@ def test_a_host_in_order_is_well(patient: Patient) -> None:
 
 
 def test_looking_changes_nothing(patient: Patient) -> None:
-    before = patient.firewall.nft("list", "ruleset"), patient.agent.status()["logins"], patient.agent.events()
+    before = patient.firewall.ruleset(), patient.agent.status()["logins"], patient.agent.events()
     patient.doctor()
-    assert (patient.firewall.nft("list", "ruleset"), patient.agent.status()["logins"], patient.agent.events()) == before
+    assert (patient.firewall.ruleset(), patient.agent.status()["logins"], patient.agent.events()) == before
 
 
 def test_a_host_without_mailfw_is_told_to_apply_it(host: Host, firewall: Firewall) -> None:

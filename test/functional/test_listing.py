@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mailfwlib import elements, listing, nft, parse, snapshot
+from mailfwlib import elements, listing, netlink, nft, parse, snapshot
 from support.firewall import Firewall
 from support.net import Client, Host
 
@@ -47,6 +47,22 @@ def test_what_packets_and_operators_have_made(firewall: Firewall, host: Host, al
     inside = ([parse.network(source)],)
     assert [row["kind"] for row in listed(firewall, host, networks=inside)] == ["banned"]
     assert listed(firewall, host, kinds=frozenset({"banned"}), roles=frozenset({"postfix"})) == []
+
+
+def test_nothing_is_left_out_just_after_much_was_added(firewall: Firewall, host: Host) -> None:
+    """The kernel gives the set more room then, and leaves elements out of its lists meanwhile."""
+    name, many = "banned_dovecot_ipv4", [f"10.{n >> 8}.{n & 255}.1" for n in range(60_000)]
+    script = f"add element {nft.TABLE} {name} {{ {', '.join(many)} }}"
+    kernel = host.call(netlink.Kernel)
+
+    def add() -> list[str]:
+        nft.run(script)
+        return [one.value for one in kernel.elements(name)]
+
+    for _ in range(5):
+        firewall.load()
+        assert sorted(host.call(add)) == sorted(many)
+        firewall.unload()
 
 
 def test_who_would_be_refused_is_listed(firewall: Firewall, host: Host, alice: Client, family: str) -> None:

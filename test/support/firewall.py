@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import jinja2
@@ -70,6 +71,10 @@ class Firewall:
     def nft(self, *arguments: str) -> str:
         """Return what an nft command prints."""
         return self._host.call(nft.command, *arguments)
+
+    def ruleset(self, *options: str) -> str:
+        """Return every table as nft lists it, but for the time that elements have left."""
+        return re.sub(r" expires \S+", "", self.nft(*options, "list", "ruleset"))
 
     def elements(self, name: str) -> dict[str, float]:
         """Return a set's elements, such as ``192.0.2.1`` or ``192.0.2.1 . 587``: element -> seconds left."""
