@@ -1549,8 +1549,8 @@ def configure_master(test=False):
     Write ``master.d/mailfw.conf`` for the master on this host: the reactor, what mail hosts may ask, the fleet's keys.
 
     In Salt's configuration a list in ``master.d`` replaces the one in the main file, so the main file's own ``reactor``
-    and ``peer_run`` are repeated there. Returns whether it differs from what was there. The master must be restarted
-    to read it.
+    and ``peer_run`` are repeated there. Unless it is set elsewhere, ``reactor_refresh_interval`` becomes an hour.
+    Returns whether the file differs from what was there. The master must be restarted to read it.
 
     test
         Whether to write nothing. Default: ``False``.
@@ -1581,6 +1581,9 @@ def configure_master(test=False):
         "peer_run": peers,
         "mailfw": {"keys": fleet["keys"]},
     }
+    if not any("reactor_refresh_interval" in other for other in (main, *others)):
+        # By default Salt drops the runner after a minute, and takes 0.1 s for the next login.
+        configuration["reactor_refresh_interval"] = 3600
     text = (
         "# Managed by Salt (mailfw). A list here replaces the one in the main file: that is why its own are repeated.\n"
         "# After a change there, apply the state mailfw.reactor again.\n"

@@ -1,5 +1,5 @@
 # For the master: the reactor, the runner, and the configuration for them. Run it on the master's own minion with
-# `salt-call state.apply mailfw.reactor`: the master is restarted when its configuration changes.
+# `salt-call state.apply mailfw.reactor`: the master is restarted when its configuration changes, or the runner.
 include:
   - mailfw.sync
 
@@ -28,10 +28,10 @@ mailfw runner is synced:
     - require:
       - mailfw: mailfw master settings are valid
 
+# Otherwise its processes go on with the runner, and the package, that they have read.
 mailfw master is restarted:
   cmd.run:
     - name: systemctl restart --no-block salt-master
     - onchanges:
       - mailfw: mailfw master knows the fleet
-    - require:
       - mailfw: mailfw runner is synced

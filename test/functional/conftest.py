@@ -63,6 +63,7 @@ def firewall(net: Net) -> Iterator[Firewall]:
     made = Firewall(net.host)
     yield made
     made.unload()
+    net.disconnect()
 
 
 @pytest.fixture

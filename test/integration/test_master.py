@@ -42,6 +42,7 @@ def test_its_configuration_is_the_main_files_and_mailfws(fleet: Fleet) -> None:
             {"mailfw/login": [f"{fleet.master.config_dir}/mailfw/login.sls"]},
         ],
         "peer_run": {"mx2": ["test.arg"], ".*": ["mailfw.trusts"]},
+        "reactor_refresh_interval": 3600,
         "mailfw": {"keys": [fleet.key]},
     }
     assert path.stat().st_mode & 0o777 == 0o600
@@ -51,6 +52,19 @@ def test_configuring_it_again_changes_nothing(fleet: Fleet) -> None:
     again = fleet.configure_master()
     assert not again.failed
     assert not again.changed
+
+
+def test_an_interval_that_is_set_elsewhere_holds(fleet: Fleet) -> None:
+    directory = Path(fleet.master.config_dir) / "master.d"
+    own = directory / "own.conf"
+    own.write_text("reactor_refresh_interval: 30\n")
+    try:
+        assert not fleet.configure_master().failed
+        assert "reactor_refresh_interval" not in yaml.safe_load((directory / "mailfw.conf").read_text())
+    finally:
+        own.unlink()
+        assert not fleet.configure_master().failed
+    assert "reactor_refresh_interval: 3600" in (directory / "mailfw.conf").read_text()
 
 
 def test_a_test_run_shows_a_new_key_but_neither_writes_nor_tells_it(fleet: Fleet) -> None:

@@ -241,6 +241,7 @@ def configure_master(sls: str = "mailfw.reactor") -> dict[str, dict[str, Any]]:
     """Apply mailfw.reactor to the master, on the master itself, since it restarts when its configuration changes."""
     output = run("master", "salt-call", "--out=json", "state.apply", sls, check=False)
     results = _results("master", json.loads(output[output.index("{") :])["local"])
+    run("master", "systemctl", "start", "salt-master")  # Waits for a restart.
     wait_for_minions("master", *ADDRESSES)
     return results
 

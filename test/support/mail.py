@@ -27,7 +27,9 @@ class MailServer:
         await self._stopping.wait()
 
     async def _speak(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        name = "{}:{}".format(*writer.get_extra_info("peername")[:2])
+        if not (peer := writer.get_extra_info("peername")):  # The client is gone already.
+            return writer.close()
+        name = "{}:{}".format(*peer[:2])
         self.sessions[name] = writer
         try:
             writer.write(b"220 mail host\r\n")

@@ -279,6 +279,11 @@ class Net:
         namespace.ip("route add default dev eth0")
         namespace.ip("-6 route add default dev eth0")
 
+    def disconnect(self) -> None:
+        """End every TCP connection at both ends, so that the next test sees nothing of it."""
+        for namespace in (self.alice, self.mallory, self.host):
+            namespace.run("ss", "-K", "-t", "state", "connected")
+
     def close(self) -> None:
         """Remove everything."""
         for namespace in (self.switch, self.host, self.alice, self.mallory):

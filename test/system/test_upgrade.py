@@ -23,9 +23,16 @@ from .conftest import ENVIRONMENTS, HOSTS
 BOTH = ",".join(HOSTS)
 #: Where the master looks before it looks into the formula.
 NEXT = "/srv/next"
-#: What is another in the next version: file -> what stands there, and what then does. Sets, which have to be made anew,
-#: the agent and its unit, the hook, and the file for which Dovecot reloads.
+#: Where the next version's runner says so, and with which package.
+LOG, SAID = "/var/log/salt/master", "mailfw: a job is published by version"
+PUBLISHES = "def _publish(some):\n"
+#: What is another in the next version: file -> what stands there, and what then does. The master's runner, sets, which
+#: have to be made anew, the agent and its unit, the hook, and the file for which Dovecot reloads.
 CHANGES = {
+    "_runners/mailfw.py": (
+        PUBLISHES,
+        f"{PUBLISHES}    from mailfwlib import __version__\n    log.warning('{SAID} %s', __version__)\n",
+    ),
     "mailfw/ruleset/nftables/base.nft.jinja": ("timeout {{ mailfw.trusted.timeout }}s", "timeout 6h"),
     "_utils/mailfwlib/__init__.py": (f'"{__version__}"', '"99.0"'),
     "mailfw/agent/files/mailfw-agent.service": ("MemoryMax=1G", "MemoryMax=900M"),
@@ -43,6 +50,8 @@ CHANGED = {
     "mailfw login hook is run by Dovecot",
     "mailfw login hook is known to Dovecot",
 }
+#: Changes where a job was lost while the master restarted.
+CATCHES_UP = "mailfw agent catches up with the fleet"
 
 
 class Version(NamedTuple):
@@ -73,6 +82,7 @@ def protected(fleet: object) -> Iterator[None]:
         lab.salt(BOTH, f"mailfw.{verb}", address)
     yield
     lab.run("master", "rm", "-rf", NEXT)
+    lab.configure_master()
     lab.all_states(HOSTS)
     for verb, address, *_ in KNOWN:
         lab.salt(BOTH, f"mailfw.un{verb}", address)
@@ -96,6 +106,17 @@ def known(host: str) -> dict[str, float]:
     return {element: elements(host, name).get(element, 0.0) for _, _, name, element in KNOWN}
 
 
+def upgrade_master() -> None:
+    changed = {one["__id__"] for one in lab.configure_master().values() if one["changes"]}
+    assert {"mailfw runner is synced", "mailfw master is restarted"} <= changed
+
+
+def published_by_next() -> list[str]:
+    """Return by which versions of the package the next version's runner has published."""
+    lines = lab.run("master", "grep", SAID, LOG, check=False).splitlines()
+    return [line.rpartition(" ")[2] for line in lines]
+
+
 def is_on(host: str, version: Version) -> None:
     assert lab.salt(host, "mailfw.agent_status")[host]["version"] == version.number
     assert version.timeout in lab.run(host, "nft", "-t", "list", "set", "inet", "mailfw", "trusted_ipv4")
@@ -111,11 +132,16 @@ def test_nobody_notices_the_next_version_coming_and_going(protected: None) -> No
         for version, change in ((FOLLOWING, bring_next_version), (CURRENT, take_it_back)):
             change()
             since = time.time()
+            upgrade_master()
             results = lab.all_states(HOSTS)
             steps.append((since, time.time()))
             for host in HOSTS:
-                assert {one["__id__"] for one in results[host].values() if one["changes"]} == CHANGED
+                changed = {one["__id__"] for one in results[host].values() if one["changes"]}
+                assert changed - {CATCHES_UP} == CHANGED
                 is_on(host, version)
+            if version is FOLLOWING:
+                lab.wait_until(published_by_next, "the next version's runner publishes")
+            published = published_by_next()
         visits = {host: lab.got_in(people[host].end(), reloads=2) for host in HOSTS}
     after, passed = lab.on_each(HOSTS, known), time.time() - began
 
@@ -129,6 +155,8 @@ def test_nobody_notices_the_next_version_coming_and_going(protected: None) -> No
             ("login-hook", "moved here"),
             ("login_hook.py", "moved here"),
         ] * 2
+    assert set(published) == {FOLLOWING.number}, "nothing mixes the two versions"
+    assert published_by_next() == published, "the current version's runner is back"
     everybody = visits["mx1"] + visits["mx2"]
     lab.wait_until(lambda: not any(unknown(host, everybody) for host in HOSTS), "both hosts know all logins")
 
