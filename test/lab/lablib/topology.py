@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network, ip_interface, ip_network
 from typing import Union
@@ -56,11 +57,14 @@ class Client(Node):
 
 SWITCH = Node("switch", interfaces("192.0.2.1/24", "2001:db8:0:1::1/64"))
 
+#: What the master runs: trixie has Salt 3008, bookworm Salt 3006.
+MASTER = os.environ.get("MAILFW_LAB_MASTER", "trixie")
+
 HOSTS = (
     Host(
         "master",
         interfaces("192.0.2.10/24", "2001:db8:0:1::10/64"),
-        suite="trixie",
+        suite=MASTER,
         pillarenv="prod",
         enabled=("salt-master.service",),
         masked=("dovecot.service", "postfix.service"),
