@@ -550,15 +550,15 @@ class Agent:
     def _receive(self, text: str) -> int:
         """Trust what a signed message announces; return how many addresses that was news for.
 
-        A message that must not be believed is dropped, and said.
+        A message that must not be believed is dropped, and said: once a minute for each sender.
         """
         try:
             message = messages.verify(text, self.settings["fleet"]["keys"])
-            if not self._seen.first_time(message, time.time()):
-                return 0
+            self._seen.remember(message, time.time())
         except messages.MessageError as err:
             self.counts["refused"] += 1
-            self._complain(f"message {err}"[:60], f"a message was dropped: {err}")
+            sender = messages.claimed_sender(text)
+            self._complain(f"message {sender}", f"a message of {sender}, by its own account, was dropped: {err}")
             return 0
         self.counts["received"] += 1
         if message.sender == self.settings["host"]["id"]:

@@ -18,8 +18,8 @@ LONGEST = 65536
 FRESH = 120
 #: Messages that are remembered; beyond that the first are forgotten. Whoever has no key can add none.
 MOST = 100_000
-#: What is dropped is logged once in this many seconds.
-QUIET = 60
+#: What is dropped is logged once in this many seconds for each of so many sources: whoever has none of them is not told of.
+QUIET, MOST_SOURCES = 60, 100
 
 
 def run():
@@ -65,10 +65,12 @@ def _is_first(signature):
 
 
 def _dropped(why):
-    memory, now = _memory(), time.monotonic()
-    if now - memory.said >= QUIET:
-        memory.said = now
-        logging.getLogger(__name__).warning("mailfw: an event mailfw/login, of %.60r by its own account, was dropped: %s", data.get("id"), why)
+    said, now, source = _memory().said, time.monotonic(), "%.60r" % (data.get("id"),)
+    for old in [one for one, at in said.items() if now - at >= QUIET]:
+        del said[old]
+    if source not in said and len(said) < MOST_SOURCES:
+        said[source] = now
+        logging.getLogger(__name__).warning("mailfw: an event mailfw/login, of %s by its own account, was dropped: %s", source, why)
     return {}
 
 
@@ -76,5 +78,5 @@ def _memory():
     """Return what is kept from event to event: Salt runs this file anew for each, always in one process."""
     if "mailfw_reactor" not in sys.modules:
         sys.modules["mailfw_reactor"] = memory = types.ModuleType("mailfw_reactor")
-        memory.seen, memory.said = {}, -QUIET
+        memory.seen, memory.said = {}, {}
     return sys.modules["mailfw_reactor"]

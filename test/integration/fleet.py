@@ -326,10 +326,18 @@ class Fleet:
         """Have the master forget who has logged in."""
         self._delete("trusts")
 
+    def known(self) -> dict[str, set[str]]:
+        """Return what the master has in its tables: those who have logged in, mail hosts, messages that wait."""
+        columns = {"trusts": "address", "hosts": "id", "waiting": "message"}
+        return {name: self._ask(f"SELECT {column} FROM {name}") for name, column in columns.items()}
+
     def _delete(self, what: str) -> None:
+        self._ask(f"DELETE FROM {what}")
+
+    def _ask(self, query: str) -> set[str]:
         path = Path(self.master.config["cachedir"]) / "mailfw.sqlite"
         with contextlib.closing(sqlite3.connect(path, timeout=10)) as database, database:
-            database.execute(f"DELETE FROM {what}")
+            return {found for (found,) in database.execute(query)}
 
     @contextlib.contextmanager
     def pillar(self, target: MailHost, **mailfw: Any) -> Iterator[None]:

@@ -58,16 +58,17 @@ def intruder(fleet: Fleet) -> Iterator[Intruder]:
 
 @pytest.fixture
 def nothing_comes_of(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> Callable[[Callable[[], None]], None]:
-    """Do something, and check that nobody is trusted and nothing has run because of it."""
+    """Do something, and check that nobody is trusted, nothing is kept and nothing has run because of it."""
 
     def check(act: Callable[[], None]) -> None:
         moment = time.time()
-        before = [host.host.trusted().keys() for host in (mx1, mx2)]
+        before, known = [host.host.trusted().keys() for host in (mx1, mx2)], fleet.known()
         address = fleet.new_address()
         act()
         mx1.agent.login(address)
         wait_until_trusted(address, mx1, mx2)
         assert [host.host.trusted().keys() - {address} for host in (mx1, mx2)] == before
+        assert {**fleet.known(), "waiting": set()} == {**known, "trusts": known["trusts"] | {address}}
         assert {job["fun"] for job in fleet.ran_since(moment)} <= EXPECTED
         assert not any(host.path(hostile.MARK).exists() for host in (mx1.host, mx2.host, fleet.host))
 

@@ -139,15 +139,28 @@ def test_what_is_remembered_is_bounded(compiler: salt.state.Compiler) -> None:
     assert last[:64] in remembered
 
 
-def test_what_is_dropped_is_logged_once_a_minute(
+def test_what_is_dropped_is_logged_once_a_minute_for_each_source(
     compiler: salt.state.Compiler, caplog: pytest.LogCaptureFixture
 ) -> None:
     believed = {"id": "mx1", "data": {"message": believable("one")}}
+    junk = {"id": "mx\n3", "data": {}}
     with caplog.at_level(logging.WARNING):
-        assert reactions(compiler, {"id": "mx\n3", "data": {}}, believed, believed, {"data": None}) != []
+        assert len(reactions(compiler, junk, believed, junk, believed, believed)) == 1
+        said = sys.modules["mailfw_reactor"].said
+        said.update(dict.fromkeys(said, time.monotonic() - 61))
+        reactions(compiler, junk)
+    start = "mailfw: an event mailfw/login, of"
     assert [record.getMessage() for record in caplog.records] == [
-        "mailfw: an event mailfw/login, of 'mx\\n3' by its own account, was dropped: malformed"
+        f"{start} 'mx\\n3' by its own account, was dropped: malformed",
+        f"{start} 'mx1' by its own account, was dropped: replayed",
+        f"{start} 'mx\\n3' by its own account, was dropped: malformed",
     ]
+
+
+def test_sources_that_are_logged_are_bounded(compiler: salt.state.Compiler, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        reactions(compiler, *({"id": f"forged {number}", "data": {}} for number in range(150)))
+    assert len(caplog.records) == len(sys.modules["mailfw_reactor"].said) == 100
 
 
 @pytest.mark.parametrize("name", hostile.DATA)
