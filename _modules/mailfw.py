@@ -430,6 +430,11 @@ def _run(script):
         client.ask("save", timeout=2)
 
 
+def _holds():
+    """Return what says whether a set has an element."""
+    return _kernel(lambda kernel: kernel.holds, "the sets")
+
+
 def _elements(name):
     return _kernel(lambda kernel: list(kernel.elements(name)), name)
 
@@ -493,7 +498,7 @@ def trust(address, period=None, services=None, reason="", **kwargs):
     seconds = host["trusted"]["period"] if period is None else _period(period)
     was = {port: left for port, left in _remaining(source, host)["trusted"].items() if port in ports}
     until, note = time.time() + seconds, audit.note(by, why)
-    _run(elements.trust(source, dict.fromkeys(ports, seconds), host, note))
+    _run(elements.trust(source, dict.fromkeys(ports, seconds), host, note, _holds()))
     _tell_agent("remember", elements.trusted_keys(source, host), ",".join(map(str, ports)), str(until), note)
     name = _trusted_text(source, host)
     audit.record("trust", name, by, ports, until, why)
@@ -527,7 +532,7 @@ def untrust(address, services=None, reason="", **kwargs):
     host, by, why = _host_settings(), _who(kwargs), _reason(reason)
     source, ports = _source(address, host), _ports(services, host)
     had = sorted(set(ports) & _remaining(source, host)["trusted"].keys())
-    _run(elements.untrust(source, ports, host))
+    _run(elements.untrust(source, ports, host, _holds()))
     _tell_agent("forget", elements.trusted_keys(source, host))
     ended = _end_sessions([elements.trusted_network(source, host)], ports, host)
     name = _trusted_text(source, host)
@@ -652,7 +657,7 @@ def unban(address, role=None, reason="", **kwargs):
     source, roles = _source(address, host), _roles(role)
     had = [one for one in roles if one in _remaining(source, host)["banned"]]
     meters = [name for name in _sets("rate_") if name.split("_")[1] in roles]
-    _run(elements.unban(source, roles, host) + elements.refill(source, meters, host))
+    _run(elements.unban(source, roles, host, _holds()) + elements.refill(source, meters, host, _holds()))
     name = _source_text(source, host)
     if had:
         audit.record("unban", name, by, had, why=why)
@@ -729,7 +734,7 @@ def unblock(address, reason="", **kwargs):
     host, by, why = _host_settings(), _who(kwargs), _reason(reason)
     source = _source(address, host)
     had = _remaining(source, host)["blocked"] is not None
-    _run(elements.unblock(source, host))
+    _run(elements.unblock(source, host, _holds()))
     name = _source_text(source, host)
     if had:
         audit.record("unblock", name, by, why=why)
@@ -755,12 +760,12 @@ def clear(address, reason="", **kwargs):
     """
     host, by, why = _host_settings(), _who(kwargs), _reason(reason)
     source, ports = _source(address, host), schema.login_ports(host)
-    had = _remaining(source, host)
+    had, has = _remaining(source, host), _holds()
     _run(
-        elements.untrust(source, ports, host)
-        + elements.unban(source, schema.ROLES, host)
-        + elements.refill(source, _sets("rate_"), host)
-        + elements.forget(source, _sets("waiting_", "observed_"), ports, host)
+        elements.untrust(source, ports, host, has)
+        + elements.unban(source, schema.ROLES, host, has)
+        + elements.refill(source, _sets("rate_"), host, has)
+        + elements.forget(source, _sets("waiting_", "observed_"), ports, host, has)
     )
     _tell_agent("forget", elements.trusted_keys(source, host))
     _tell_agent("overlook", elements.source_keys(source, host))

@@ -110,7 +110,7 @@ class Agent:
     def __init__(self, settings_path: Path = SETTINGS):
         self._path = settings_path
         self._stamp: tuple[int, int] | None = None
-        self._nft = nft.Library()
+        self._nft, self._kernel = nft.Library(), netlink.Kernel()
         self._patience = WAIT
         self._seen = messages.Seen()
         self._complained: dict[str, float] = {}
@@ -383,7 +383,7 @@ class Agent:
             self._put(address, endings)
         except nft.NftError as err:
             if err.full:  # A login lifts its source's bans, even if there is no room left for its trust.
-                self._nft.run(elements.unban(address, ROLES, self.settings))
+                self._nft.run(elements.unban(address, ROLES, self.settings, self._kernel.holds))
                 raise RefusedError(f"{address} cannot be trusted: {err}") from err
             if len(self._waiting) < MOST_LOGINS:
                 self._waiting.add(key)
@@ -409,7 +409,8 @@ class Agent:
         seconds: dict[str, dict[int, int]] = {}
         for port, (until, note) in endings.items():
             seconds.setdefault(note, {})[port] = max(1, round(until - now))
-        return "".join(elements.trust(address, left, self.settings, note) for note, left in seconds.items())
+        has = self._kernel.holds
+        return "".join(elements.trust(address, left, self.settings, note, has) for note, left in seconds.items())
 
     def _remember(self, key: Address, until: float) -> None:
         self._earned.pop(key, None)
@@ -480,7 +481,7 @@ class Agent:
                 self._waiting.discard(key)
         for key in [key for key, at in self._ended.items() if at >= since - 1 and key not in self._earned]:
             with _unless_full():
-                self._nft.run(elements.untrust(key, login_ports(self.settings), self.settings))
+                self._nft.run(elements.untrust(key, login_ports(self.settings), self.settings, self._kernel.holds))
         for (key, port), given in list(self._given.items()):
             if given.until > now:
                 with _unless_full():
@@ -529,7 +530,7 @@ class Agent:
         with ruleset.adding(self._patience):
             for key in ended:
                 ports = [port for port in login_ports(self.settings) if port not in given.get(key, ())]
-                self._nft.run(elements.untrust(key, ports, self.settings))
+                self._nft.run(elements.untrust(key, ports, self.settings, self._kernel.holds))
                 self._end(key)
         self.people.revoke(user, some, now)
         answer: dict[str, Any] = {what: list(map(str, keys)) for what, keys in found.items()}

@@ -7,7 +7,7 @@ gets a new timeout on every kernel: adding one that exists refreshes nothing (be
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Union
 
 from mailfwlib import nft
@@ -16,6 +16,9 @@ from mailfwlib.settings import ROLES, Settings
 
 #: What trust, bans and blocks are for: an address, which stands for its prefix over IPv6, or a network.
 Source = Union[Address, Network]
+#: Says whether a set may have an element, as :meth:`mailfwlib.netlink.Kernel.holds` does. What it has not need not be
+#: removed: where the set is full that would fail, and so would all the rest of the script.
+Has = Callable[[str, str], bool]
 _BROADCAST = ipaddress.IPv4Address("255.255.255.255")
 
 #: Sources of a network that the sets take one by one: a look-up of networks would cost each packet of everybody.
@@ -152,29 +155,33 @@ def _refresh(name: str, timeouts: dict[str, int | None], note: str = "") -> str:
     return f"add {where} {{ {timed} }}\ndelete {where} {{ {plain} }}\nadd {where} {{ {timed} }}\n"
 
 
-def _remove(name: str, values: Iterable[Any]) -> str:
-    """Deleting what is not there fails; adding it first makes that a success without a change."""
-    plain = ", ".join(map(str, values))
+def _anything(_name: str, _value: str) -> bool:
+    return True
+
+
+def _remove(name: str, values: Iterable[Any], has: Has) -> str:
+    """Deleting what is not there fails; adding it first makes that a success without a change, if there is room."""
+    plain = ", ".join(value for value in map(str, values) if has(name, value))
     if not plain:
         return ""
     return f"add element {nft.TABLE} {name} {{ {plain} }}\ndelete element {nft.TABLE} {name} {{ {plain} }}\n"
 
 
-def trust(source: Source, seconds: dict[int, int], settings: Settings, note: str = "") -> str:
+def trust(source: Source, seconds: dict[int, int], settings: Settings, note: str = "", has: Has = _anything) -> str:
     """Return the script that trusts a source on some ports, port -> seconds, and lifts its rate bans.
 
-    ``note``: who does so and why, unless it is a login.
+    ``note``: who does so and why, unless it is a login. ``has``: see :data:`Has`.
     """
     timeouts: dict[str, int | None] = {
         f"{key} . {port}": left for key in trusted_keys(source, settings) for port, left in seconds.items()
     }
-    return _refresh(f"trusted_{family(source)}", timeouts, note) + unban(source, ROLES, settings)
+    return _refresh(f"trusted_{family(source)}", timeouts, note) + unban(source, ROLES, settings, has)
 
 
-def untrust(source: Source, ports: list[int], settings: Settings) -> str:
+def untrust(source: Source, ports: list[int], settings: Settings, has: Has = _anything) -> str:
     """Return the script that ends a source's trust on some ports."""
     keys = trusted_keys(source, settings)
-    return _remove(f"trusted_{family(source)}", [f"{key} . {port}" for key in keys for port in ports])
+    return _remove(f"trusted_{family(source)}", [f"{key} . {port}" for key in keys for port in ports], has)
 
 
 def ban(source: Source, roles: Iterable[str], seconds: int | None, settings: Settings, note: str = "") -> str:
@@ -183,16 +190,16 @@ def ban(source: Source, roles: Iterable[str], seconds: int | None, settings: Set
     return "".join(_refresh(f"banned_{role}_{family(source)}", timeouts, note) for role in roles)
 
 
-def unban(source: Source, roles: Iterable[str], settings: Settings) -> str:
+def unban(source: Source, roles: Iterable[str], settings: Settings, has: Has = _anything) -> str:
     """Return the script that lifts a source's rate bans."""
     keys = source_keys(source, settings)
-    return "".join(_remove(f"banned_{role}_{family(source)}", keys) for role in roles)
+    return "".join(_remove(f"banned_{role}_{family(source)}", keys, has) for role in roles)
 
 
-def refill(source: Source, meters: Iterable[str], settings: Settings) -> str:
+def refill(source: Source, meters: Iterable[str], settings: Settings, has: Has = _anything) -> str:
     """Return the script that empties what some meters remember of a source."""
     keys = source_keys(source, settings)
-    return "".join(_remove(name, keys) for name in meters if name.endswith(family(source)))
+    return "".join(_remove(name, keys, has) for name in meters if name.endswith(family(source)))
 
 
 def block(source: Source, seconds: int | None, settings: Settings, note: str = "") -> str:
@@ -201,13 +208,13 @@ def block(source: Source, seconds: int | None, settings: Settings, note: str = "
     return _refresh(f"blocked_{family(source)}", timeouts, note)
 
 
-def unblock(source: Source, settings: Settings) -> str:
+def unblock(source: Source, settings: Settings, has: Has = _anything) -> str:
     """Return the script that ends a source's block."""
-    return _remove(f"blocked_{family(source)}", source_keys(source, settings))
+    return _remove(f"blocked_{family(source)}", source_keys(source, settings), has)
 
 
-def forget(source: Source, sets: Iterable[str], ports: list[int], settings: Settings) -> str:
+def forget(source: Source, sets: Iterable[str], ports: list[int], settings: Settings, has: Has = _anything) -> str:
     """Return the script that removes a source, on some ports, from some sets of sources and ports."""
     keys = source_keys(source, settings)
     values = [f"{key} . {port}" for key in keys for port in ports]
-    return "".join(_remove(name, values) for name in sets if name.endswith(family(source)))
+    return "".join(_remove(name, values, has) for name in sets if name.endswith(family(source)))

@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Optional
 
-from mailfwlib import nft
+from mailfwlib import nft, parse
 from mailfwlib.parse import Address
 
 # <linux/netlink.h>, <linux/netfilter/nfnetlink.h>, <linux/netfilter/nf_tables.h>
@@ -190,6 +190,18 @@ class Kernel:
         """
         found = self._element(name, key)
         return None if found is None else _element("", found)
+
+    def holds(self, name: str, value: str) -> bool:
+        """Return whether a set may have an element, an address or an address and a port as nft writes it.
+
+        True as well when there is no such set, or when that cannot be told.
+        """
+        address, _, port = value.partition(" . ")
+        try:
+            found = self.element(name, key(parse.address(address), int(port) if port else None))
+            return found is not None or not self.has(name)
+        except OSError:
+            return True
 
     def chain(self, name: str, port: int) -> str:
         """Return the chain that a verdict map has for a port; empty when there is none or no such map."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mailfwlib import client, journal, messages, parse
+from mailfwlib import client, elements, journal, messages, parse
 from mailfwlib.client import AgentError
 from support.agent import HOST_ID, KEY, LOGIN_USER, Agent, signed
 from support.firewall import Firewall
@@ -91,6 +91,28 @@ def test_login_lifts_bans_even_when_there_is_no_room_for_its_trust(
     assert len(trusted(firewall, family)) == len(LOGIN_PORTS)
     assert alice.connect(993, second) == "open"
     assert "A set is full" in agent.log()
+
+
+def test_login_is_trusted_and_lifts_bans_although_sets_of_bans_are_full(
+    firewall: Firewall, host: Host, alice: Client, tmp_path: Path, family: str
+) -> None:
+    """Whoever has many addresses fills them. Bans of the source are lifted all the same."""
+    pillar = {**PILLAR, "sizes": {"banned": 2}}
+    others = {"ipv4": ["192.0.2.1", "192.0.2.2"], "ipv6": ["2001:db8:1::1", "2001:db8:2::1"]}[family]
+    firewall.load(**pillar)
+    source, *_, banned = alice.addresses(family)
+    with closing(Agent(host, tmp_path, pillar)) as agent:
+        firewall.ban(banned, ("postfix",))
+        for other in others:
+            firewall.ban(other, ("dovecot",))
+        firewall.ban(others[0], ("postfix",))
+        for login in (source, banned):
+            assert agent.login(login) == f"{login} is trusted"
+            assert alice.connect(587, login) == "open"
+        assert agent.ask("receive", signed({"203.0.113.9": time.time(), "2001:db8:9::1": time.time()})) == "2"
+    names = [elements.text(elements.source_network(parse.address(one), firewall.settings)) for one in others]
+    assert {name.partition("/")[0] for name in names} == set(firewall.elements(f"banned_dovecot_{family}"))
+    assert len(firewall.elements(f"banned_postfix_{family}")) == 1
 
 
 def test_login_again_starts_the_period_anew(agent: Agent, loaded: Firewall, family: str) -> None:
