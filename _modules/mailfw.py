@@ -533,7 +533,7 @@ def untrust(address, services=None, reason="", **kwargs):
     source, ports = _source(address, host), _ports(services, host)
     had = sorted(set(ports) & _remaining(source, host)["trusted"].keys())
     _run(elements.untrust(source, ports, host, _holds()))
-    _tell_agent("forget", elements.trusted_keys(source, host))
+    _tell_agent("forget", elements.trusted_keys(source, host), ",".join(map(str, ports)))
     ended = _end_sessions([elements.trusted_network(source, host)], ports, host)
     name = _trusted_text(source, host)
     if had or ended:

@@ -198,9 +198,10 @@ class Agent:
                 for port in arguments[1].split(","):
                     self._given[key, int(port)] = Ending(float(arguments[2]), arguments[3])
             return ""
-        if verb == "forget" and root and len(arguments) == 1:
+        if verb == "forget" and root and 1 <= len(arguments) <= 2:
+            ports = set(map(int, arguments[1].split(","))) if len(arguments) == 2 else None
             for key in map(parse.address, arguments[0].split(",")):
-                self._forget(key)
+                self._forget(key, ports)
             return ""
         if verb == "overlook" and root and len(arguments) == 1:
             for key in map(parse.address, arguments[0].split(",")):
@@ -495,9 +496,10 @@ class Agent:
                     self._put(key, self._endings(key, until))
             self._waiting.discard(key)
 
-    def _forget(self, key: Address) -> None:
+    def _forget(self, key: Address, ports: set[int] | None) -> None:
+        """Have logins until now count no more, nor what operators have given on some ports, None for all of them."""
         self._end(key)
-        for port in [port for address, port in self._given if address == key]:
+        for port in [port for address, port in self._given if address == key and (ports is None or port in ports)]:
             del self._given[key, port]
 
     def _end(self, key: Address) -> None:

@@ -253,6 +253,7 @@ STRANGE = {
     "remember no comment": b'remember\x00198.51.100.10\x00587\x001e12\0root: a "quote"',
     "remember nobody's": b"remember\x00198.51.100.10\x00587\x001e12",
     "forget nonsense": b"forget\0x",
+    "forget no port": b"forget\x00198.51.100.10\0x",
     "renew nonsense": b"renew\0x\0alice",
     "renew nobody": b"renew\x00198.51.100.10",
 }
@@ -563,6 +564,18 @@ def test_forgotten_trust_is_a_logins_again(agent: Agent, loaded: Firewall, famil
     agent.ask("forget", ELEMENT[family])
     agent.login(ADDRESS[family])
     assert max(trusted(loaded, family).values()) <= DAY
+
+
+def test_forgotten_trust_on_some_ports_leaves_what_operators_gave_on_others(
+    agent: Agent, loaded: Firewall, family: str
+) -> None:
+    given(agent, loaded, family, 30 * DAY, [587, 4190])
+    loaded.untrust(ADDRESS[family], [4190])
+    agent.ask("forget", ELEMENT[family], "4190")
+    agent.login(ADDRESS[family])
+    found = trusted(loaded, family)
+    assert found.pop(f"{ELEMENT[family]} . 587") > 30 * DAY - 10
+    assert max(found.values()) <= DAY
 
 
 def test_message_cannot_bring_back_a_trust_that_an_operator_has_ended(agent: Agent, loaded: Firewall) -> None:

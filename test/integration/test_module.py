@@ -368,6 +368,16 @@ def test_networks_are_taken_source_by_source(fleet: Fleet, mx1: MailHost) -> Non
     assert inside not in mx1.host.trusted()
 
 
+def test_untrust_on_a_service_leaves_what_an_operator_gave_on_others(fleet: Fleet, mx1: MailHost) -> None:
+    address = fleet.new_address()
+    fleet.call(mx1, "mailfw.trust", address, period="30d")
+    fleet.call(mx1, "mailfw.untrust", address, services="sieve")
+    mx1.agent.login(address)
+    left = mx1.host.trusted()[address]
+    assert left.pop(4190) <= 86400
+    assert min(left.values()) > 29 * 86400
+
+
 def test_untrust_ends_sessions_on_its_services_at_once(fleet: Fleet, mx1: MailHost) -> None:
     source = f"{NETWORK}.1"
     fleet.call(mx1, "mailfw.trust", source)
