@@ -23,7 +23,8 @@ LOOK = 1.0
 #: Seconds between two snapshots, and how many times as long as a snapshot took it is until the next one at least; SOON
 #: if somebody asks for it, and then that many seconds at least.
 SNAPSHOT, REST, SOON, SOONEST = 60.0, 50, 5, 2.0
-#: Seconds at most after a repair that failed until the next one; it begins with LOOK, and doubles.
+#: Seconds at most after a repair that failed until the next one; it begins with LOOK, and doubles. Seconds after a
+#: snapshot that somebody had asked for and that failed.
 PATIENCE = 10.0
 #: A process of its own that takes longer than this many seconds hangs.
 LONGEST = 120.0
@@ -141,10 +142,15 @@ class Keeper:
         if self._hung and self._hung.poll() is None:
             raise WorkError("the last one has still not come to its end")
         clock, began = time.time(), time.monotonic()
-        self._next_snapshot, self._is_asked = began + SNAPSHOT, False
-        done = self._run("save", lambda: not self._is_damaged())
-        if done.returncode:
-            raise WorkError(done.stderr.strip())
+        self._next_snapshot, self._rested = began + SNAPSHOT, began + PATIENCE
+        asked, self._is_asked = self._is_asked, False
+        try:
+            done = self._run("save", lambda: not self._is_damaged())
+            if done.returncode:
+                raise WorkError(done.stderr.strip())
+        except BaseException:
+            self._is_asked = self._is_asked or asked
+            raise
         took = time.monotonic() - began
         self._rested = began + max(SOONEST, SOON * took)
         self._next_snapshot = max(self._next_snapshot, began + REST * took)

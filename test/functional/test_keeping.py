@@ -146,6 +146,21 @@ def test_what_an_operator_does_is_soon_in_a_snapshot(agent: Agent, installed: Fi
         until(lambda one=address: one in host.call(snapshot.PATH.read_text), "it is in there", SOON)
 
 
+@pytest.mark.slow
+def test_what_an_operator_does_is_in_a_snapshot_although_the_first_fails(
+    agent: Agent, installed: Firewall, host: Host
+) -> None:
+    """Tried again before the next one is due."""
+    host.run("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(snapshot.PATH.parent))
+    try:
+        installed.block("203.0.113.1")
+        agent.ask("save")
+        until(lambda: "no snapshot: " in agent.log(), "said")
+    finally:
+        host.run("umount", str(snapshot.PATH.parent))
+    until(lambda: "203.0.113.1" in host.call(snapshot.PATH.read_text), "it is in there", keeper.PATIENCE + SOON)
+
+
 @pytest.fixture
 def hanging_snapshots(installed: Firewall, host: Host, tmp_path: Path) -> Iterator[None]:
     """The tool does all but snapshots."""
