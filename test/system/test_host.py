@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import testinfra
 
@@ -62,6 +64,8 @@ def test_dovecot_runs_the_hook(host):
     assert "executable = imap mailfw-login" in configuration
     assert "executable = pop3 mailfw-login" in configuration
     assert "executable = managesieve mailfw-login" in configuration
+    # A storm of 500 logins at once is more than Dovecot's own limit, 100.
+    assert re.search(r"^service mailfw-login \{(?:(?!^\}).)*^  process_limit = 1024$", configuration, re.M | re.S)
 
 
 def test_agent_has_next_to_no_privileges(host):
