@@ -881,7 +881,7 @@ def explain(address, service=None):
     - ``trusted``: service -> until when, and by what
     - ``banned``: role -> until when, and by whom; ``blocked``: the same
     - ``rate``: role -> how near to the rate it is
-    - ``lately``: service -> when it was held, or would have been refused, the last time
+    - ``lately``: service -> when the mode refused it the last time, within a minute, or would have, within a week
     - ``advice``: what can be done about it
 
     address

@@ -46,7 +46,7 @@ from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
-from mailfwlib import __version__, audit, client, elements, messages, netlink, nft, parse, people, ruleset, sockets
+from mailfwlib import __version__, audit, client, elements, messages, netlink, nft, parse, people, ruleset
 from mailfwlib.announcer import Announcer
 from mailfwlib.bans import Ban, Bans
 from mailfwlib.journal import DIRECTORY, Journal
@@ -83,7 +83,6 @@ RETRY = 1.0
 #: The same complaint is logged once in this many seconds.
 QUIET = 60.0
 
-_NOT_ADMITTED = "no mailfw:trusted network admits it, and the mode is private"
 _ENDED = "an operator has ended its trust, and nobody has logged in since"
 
 log = logging.getLogger("mailfw-agent")
@@ -245,13 +244,13 @@ class Agent:
 
         Raises RefusedError.
         """
-        reason = self._never(address)
+        reason = elements.never_trusted(address, self.settings)
         if not reason:
             self.monitor.familiar.note(address, now)
         until = now + self.settings["trusted"]["period"]
         endings = {} if reason else self._endings(address, until)
         if not endings:
-            return reason or _NOT_ADMITTED
+            return reason or elements.NOT_ADMITTED
         key, who = elements.trusted_key(address, self.settings), self.people.key(user)
         if who and self._is_too_much(user, who, key, now):
             return "mailfw:trusted:per_user: this user has enough addresses for today"
@@ -263,10 +262,6 @@ class Agent:
             self._record_trust(address, list(endings), until, by)
             self.counts["announced"] += 1
         return ""
-
-    def _never(self, address: Address) -> str:
-        """Return why no login makes an address trusted, whatever the mode; empty if one may."""
-        return elements.never_trusted(address, self.settings) or sockets.own_address(address)
 
     def _is_news(self, key: Address, who: str, now: float) -> bool:
         """Return whether that somebody is logged in somewhere is new, or new in this tenth of a period."""
@@ -314,9 +309,9 @@ class Agent:
             key = elements.trusted_key(address, self.settings)
             known = self._earned.get(key, 0.0)
             until = max(known, at + self.settings["trusted"]["period"])
-            endings, reason = self._endings(address, until), self._never(address)
+            endings, reason = self._endings(address, until), elements.never_trusted(address, self.settings)
             if reason or not endings:
-                yield text, reason or _NOT_ADMITTED
+                yield text, reason or elements.NOT_ADMITTED
             elif known <= now and at <= self._ended.get(key, 0.0):
                 yield text, _ENDED
             elif until > now + 1:
@@ -592,7 +587,7 @@ class Agent:
         known = self._earned.get(key, 0.0)
         if until <= max(known + WHOLE_SECONDS, time.time() + 1) or at <= self._ended.get(key, 0.0):
             return False
-        if self._never(address):
+        if elements.never_trusted(address, self.settings):
             return False
         self.monitor.familiar.note(address, at)
         endings = self._endings(address, until)

@@ -10,7 +10,7 @@ import ipaddress
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Union
 
-from mailfwlib import nft
+from mailfwlib import nft, sockets
 from mailfwlib.parse import Address, Network
 from mailfwlib.settings import ROLES, Settings
 
@@ -21,6 +21,8 @@ Source = Union[Address, Network]
 Has = Callable[[str, str], bool]
 _BROADCAST = ipaddress.IPv4Address("255.255.255.255")
 
+#: Why a login opens no port, where it would make its address trusted.
+NOT_ADMITTED = "no mailfw:trusted network admits it, and the mode is private"
 #: Sources of a network that the sets take one by one: a look-up of networks would cost each packet of everybody.
 MOST_SOURCES = 4096
 
@@ -105,10 +107,10 @@ def in_networks(address: Address, networks: Iterable[str]) -> bool:
 
 
 def never_trusted(address: Address, settings: Settings) -> str:
-    """Return why a login from ``address`` earns no trust, or an empty string when it may.
+    """Return why a login from ``address`` earns no trust, whatever the mode, or an empty string when it may.
 
-    Loopback, link-local, multicast, broadcast and unspecified addresses are no client's; ``trusted.never`` is the
-    operator's.
+    Loopback, link-local, multicast, broadcast and unspecified addresses are no client's, nor are the host's own;
+    ``trusted.never`` is the operator's.
     """
     for kind in ("loopback", "link_local", "multicast", "unspecified"):
         if getattr(address, f"is_{kind}"):
@@ -118,7 +120,7 @@ def never_trusted(address: Address, settings: Settings) -> str:
     would_be: Any = trusted_network(address, settings)
     if any(would_be.overlaps(other) for other in _networks(settings["trusted"]["never"], address.version)):
         return "is in mailfw:trusted:never"
-    return ""
+    return sockets.own_address(address)
 
 
 def _networks(texts: Iterable[str], version: int) -> Iterator[Any]:

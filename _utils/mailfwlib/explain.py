@@ -248,18 +248,25 @@ def free(role: str, found: Standing, settings: Settings) -> int:
     return min(int(autoban["burst"]), int((found.at - entry.since) / each))
 
 
-def lately(service: dict[str, Any], found: Standing) -> str:
-    """Return what happened lately on a service, as far as the kernel remembers it; empty when nothing did."""
+def lately(service: dict[str, Any], found: Standing, settings: Settings) -> str:
+    """Return what the mode refused lately on a service, as far as the kernel remembers it; empty when it did nothing.
+
+    Bans and blocks leave nothing that could be asked for.
+    """
     port, said = service["port"], []
-    for what, entries in (("held", found.held), ("would have been refused", found.observed)):
+    refused = "held or refused" if settings["reaction"]["untrusted"] == "hold" else "refused"
+    for what, entries in ((refused, found.held), ("would have been refused", found.observed)):
         since = entries[port].since if port in entries else None
         if since is not None:
             said.append(f"{what}, the last time {parse.duration_text(max(0, found.at - since))} ago")
     return "; ".join(said)
 
 
-def advice(verdicts: dict[str, Verdict], found: Standing, settings: Settings) -> list[str]:
-    """Return what an operator can do about refusals, or where to look when there are none."""
+def advice(verdicts: dict[str, Verdict], found: Standing, settings: Settings, no_trust: str) -> list[str]:
+    """Return what an operator can do about refusals, or where to look when there are none.
+
+    ``no_trust``: why no login makes the address trusted; empty when one does.
+    """
     host, family = settings["host"]["id"], elements.family(found.address)
     refused = {one.rule for one in verdicts.values() if one.word != ACCEPTED or not found.enforcing}
     said = []
@@ -270,24 +277,41 @@ def advice(verdicts: dict[str, Verdict], found: Standing, settings: Settings) ->
     if f"set blocked_{family}" in refused:
         said.append(f"salt {host} mailfw.unblock {found.address} ends the block; a login does not")
     if any(rule.startswith("set banned_") for rule in refused):
-        said.append(f"salt {host} mailfw.unban {found.address} lifts the ban, as a login on another service does")
-    if "chain untrusted" in refused:
-        said.append(_how_to_be_trusted(found, settings))
+        login = "" if no_trust else ", as a login on another service does"
+        said.append(f"salt {host} mailfw.unban {found.address} lifts the ban{login}")
+    said += _how_to_be_trusted(
+        [name for name, one in verdicts.items() if one.rule == "chain untrusted"], found, settings, no_trust
+    )
     if not any(one.word == REFUSED for one in verdicts.values()):
         said.append(f"mailfw refuses nothing here: if it cannot connect, see salt {host} mailfw.status")
     return said
 
 
-def _how_to_be_trusted(found: Standing, settings: Settings) -> str:
+def _how_to_be_trusted(names: list[str], found: Standing, settings: Settings, no_trust: str) -> list[str]:
+    """Return what opens services that are closed to strangers: a login, if the agent opens them for one."""
     verb = f"salt {settings['host']['id']} mailfw.trust {found.address}"
-    if elements.ports_for_login(found.address, settings):
-        return f"a login opens what is closed to strangers, or {verb}"
-    return f"{verb}, or its network in mailfw:trusted:networks_{elements.family(found.address)} of the pillar"
+    ports = [] if no_trust else elements.ports_for_login(found.address, settings)
+    opened = {service["name"] for service in settings["services"] if service["port"] in ports}
+    by_login, closed = [one for one in names if one in opened], [one for one in names if one not in opened]
+    said = []
+    if by_login:
+        said.append(f"a login opens {', '.join(by_login)}, or {verb}")
+    if closed:
+        network = f"its network in mailfw:trusted:networks_{elements.family(found.address)} of the pillar"
+        why = no_trust or f"{elements.NOT_ADMITTED} (mailfw:trusted:private)"
+        said.append(f"no login opens {', '.join(closed)}: {why}; {verb} does, or {network}")
+    return said
 
 
-def explain(address: Address, settings: Settings, kernel: netlink.Kernel, services: Iterable[str]) -> dict[str, Any]:
-    """Return all of it as people read it: see ``mailfw.explain``. Raises OSError when the kernel does not answer."""
+def explain(
+    address: Address, settings: Settings, kernel: netlink.Kernel, services: Iterable[str], no_trust: str = ""
+) -> dict[str, Any]:
+    """Return all of it as people read it: see ``mailfw.explain``. Raises OSError when the kernel does not answer.
+
+    ``no_trust``: why the login that this is about has earned no trust, where one is known.
+    """
     found = standing(address, settings, kernel)
+    no_trust = no_trust or elements.never_trusted(address, settings)
     asked = [service for service in settings["services"] if service["name"] in services]
     verdicts = {service["name"]: verdict(service, found, settings) for service in asked}
     return {
@@ -305,8 +329,8 @@ def explain(address: Address, settings: Settings, kernel: netlink.Kernel, servic
         "banned": {role: banned_text(role, found) for role in found.banned},
         "blocked": blocked_text(found.blocked, found.at) if found.blocked else "",
         "rate": {role: rate_text(role, found, settings) for role in _limited(found)},
-        "lately": {service["name"]: said for service in asked if (said := lately(service, found))},
-        "advice": advice(verdicts, found, settings),
+        "lately": {service["name"]: said for service in asked if (said := lately(service, found, settings))},
+        "advice": advice(verdicts, found, settings, no_trust),
     }
 
 

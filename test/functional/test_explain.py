@@ -7,13 +7,15 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mailfwlib import audit, elements, explain, netlink, nft, parse, snapshot
 from mailfwlib.settings import MODES, SERVICES, resolve
+from support.agent import Agent
 from support.firewall import Firewall, render
 from support.mail import MailServer
 from support.net import PATIENCE, Client, Host, until
@@ -21,7 +23,8 @@ from support.net import PATIENCE, Client, Host, until
 PORTS = {name: service.port for name, service in SERVICES.items()}
 REJECT = {"banned": "reject", "blocked": "reject", "untrusted": "reject"}
 NETWORKS = {"rate": "1000/second", "ipv4_prefix": 24, "ipv6_prefix": 48}
-#: Networks of alice's, around each of her addresses.
+#: An address of alice's, and a network around each of hers.
+ADDRESSES = {"ipv4": "198.51.100.10", "ipv6": "2001:db8:a::10"}
 AROUND = {"ipv4": "198.51.100.0/24", "ipv6": "2001:db8:a::/48"}
 
 
@@ -101,7 +104,7 @@ def test_verdict_is_what_a_connection_finds(
 
 def test_verdicts_differ(firewall: Firewall, family: str) -> None:
     """So that the test above compares something."""
-    source = {"ipv4": "198.51.100.10", "ipv6": "2001:db8:a::10"}[family]
+    source = ADDRESSES[family]
     firewall.load(protection={"type": "protected", "services": {"pop3": "private", "sieve": "public"}})
     firewall.ban(source)
     firewall.trust(source, ports=[993])
@@ -110,18 +113,101 @@ def test_verdicts_differ(firewall: Firewall, family: str) -> None:
     assert served == {"smtp", "imaps", "sieve"}
 
 
-def test_hold(firewall: Firewall, alice: Client, family: str) -> None:
-    """It refuses, at first without an answer, and the host says when it did."""
+@pytest.mark.parametrize(
+    ("reaction", "finds", "verdict", "lately"),
+    [
+        ("hold", "silent", "; the first tries get no answer", "held or refused"),
+        ("drop", "silent", "; it gets no answer", "refused"),
+        ("reject", "refused", "the mode is protected", "refused"),
+    ],
+)
+def test_reaction(
+    firewall: Firewall, alice: Client, family: str, reaction: str, finds: str, verdict: str, lately: str
+) -> None:
+    """The host says what a stranger gets, and when one last got it."""
     source = alice.addresses(family)[0]
-    firewall.load(protection={"type": "protected"})
+    firewall.load(protection={"type": "protected"}, reaction={"untrusted": reaction})
     assert not said(firewall, source)["submission"]
     assert firewall.explain(source)["lately"] == {}
-    assert alice.connect(587, source) == "silent"
+    assert alice.connect(587, source) == finds
     told = firewall.explain(source)
-    assert "the first tries get no answer" in told["verdicts"]["submission"]
+    assert verdict in told["verdicts"]["submission"]
     assert told["lately"].keys() == {"submission"}
-    assert re.fullmatch(r"held, the last time [01]s ago", told["lately"]["submission"])
-    assert told["advice"][0].startswith("a login opens what is closed to strangers")
+    assert re.fullmatch(rf"{lately}, the last time [01]s ago", told["lately"]["submission"])
+
+
+@pytest.mark.parametrize("of", ["banned", "blocked"])
+def test_bans_and_blocks_leave_no_refusal_to_be_told(firewall: Firewall, alice: Client, family: str, of: str) -> None:
+    source = alice.addresses(family)[0]
+    firewall.load(reaction=REJECT)
+    {"banned": firewall.ban, "blocked": firewall.block}[of](source)
+    assert alice.connect(993, source) == "refused"
+    assert firewall.explain(source)["lately"] == {}
+
+
+def advice(firewall: Firewall, source: str) -> list[str]:
+    return firewall.explain(source)["advice"]
+
+
+def test_advice_is_a_login_where_one_opens_the_port(firewall: Firewall, family: str) -> None:
+    """Mixed modes: it says of which services that is so."""
+    source, trust = ADDRESSES[family], f"salt mx1 mailfw.trust {ADDRESSES[family]}"
+    firewall.load(protection={"type": "protected", "services": {"sieve": "private"}})
+    assert advice(firewall, source) == [
+        f"a login opens submission, submissions, or {trust}",
+        "no login opens sieve: no mailfw:trusted network admits it, and the mode is private (mailfw:trusted:private); "
+        f"{trust} does, or its network in mailfw:trusted:networks_{family} of the pillar",
+    ]
+    firewall.load(protection={"type": "private"}, trusted={"private": True})
+    assert advice(firewall, source)[0].startswith("a login opens submission, submissions, imap, imaps")
+
+
+@pytest.mark.parametrize(
+    "pillar",
+    [
+        {"protection": {"type": "protected"}},
+        {"protection": {"type": "protected", "services": {"sieve": "private"}}},
+        {"protection": {"type": "private"}},
+        {"protection": {"type": "private"}, "trusted": {"private": True}},
+        {"protection": {"type": "protected"}, "trusted": {"never": list(AROUND.values())}},
+    ],
+)
+def test_a_login_opens_what_the_advice_says(
+    firewall: Firewall, host: Host, family: str, pillar: dict[str, Any], tmp_path: Path
+) -> None:
+    source = ADDRESSES[family]
+    firewall.load(**pillar)
+    before, sentences = said(firewall, source), advice(firewall, source)
+    found = re.search("a login opens (.*), or salt", "\n".join(sentences))
+    named = set(found[1].split(", ")) if found else set()
+    with closing(Agent(host, tmp_path, pillar)) as agent:
+        agent.login(source)
+    assert {name for name, served in said(firewall, source).items() if served and not before[name]} == named
+    closed = {name for name, served in before.items() if not served} - named
+    no_login = f"no login opens {', '.join(name for name in PORTS if name in closed)}: "
+    assert any(one.startswith(no_login) for one in sentences) == bool(closed)
+
+
+@pytest.mark.parametrize(
+    ("never", "address", "reason"),
+    [
+        (True, None, "is in mailfw:trusted:never"),
+        (False, {"ipv4": "169.254.7.7", "ipv6": "fe80::7"}, "is link-local"),
+    ],
+)
+def test_advice_is_no_login_where_none_is_trusted(
+    firewall: Firewall, family: str, never: bool, address: dict[str, str] | None, reason: str
+) -> None:
+    source = (address or ADDRESSES)[family]
+    firewall.load(protection={"type": "protected"}, trusted={"never": [source] if never else []})
+    assert advice(firewall, source) == [
+        f"no login opens submission, submissions: {reason}; salt mx1 mailfw.trust {source} does, "
+        f"or its network in mailfw:trusted:networks_{family} of the pillar"
+    ]
+    firewall.ban(source, ("dovecot",))
+    assert advice(firewall, source)[0] == f"salt mx1 mailfw.unban {source} lifts the ban"
+    firewall.trust(source)
+    assert all(said(firewall, source).values()), "as it was told"
 
 
 def test_observing_says_when_it_would_have_refused(firewall: Firewall, alice: Client, family: str) -> None:
