@@ -897,6 +897,11 @@ def explain(address, service=None):
         salt mx1 mailfw.explain 192.0.2.1
         salt mx1 mailfw.explain 192.0.2.1 submission
     """
+    return _explain(address, service, "")
+
+
+def _explain(address, service, no_trust):
+    """Do what :py:func:`explain` does. ``no_trust``: why a login from there has earned no trust, if it has not."""
     host, source = _host_settings(), _address(address)
     names = {str(one["port"]): one["name"] for one in host["services"]}
     names.update({name: name for name in names.values()})
@@ -905,7 +910,7 @@ def explain(address, service=None):
         if name not in names:
             raise SaltInvocationError(f"service {name!r}: expected one of {', '.join(sorted(set(names.values())))}")
     wanted = {names[name] for name in asked}
-    return _kernel(lambda kernel: explaining.explain(source, host, kernel, wanted), source)
+    return _kernel(lambda kernel: explaining.explain(source, host, kernel, wanted, no_trust), source)
 
 
 def why(user, service=None):
@@ -914,10 +919,12 @@ def why(user, service=None):
     or on another host of the fleet, the last first: when that was, and how this host treats the address now. Returns
 
     - ``user``, ``host``
-    - ``addresses``: address -> ``last_login``, and ``verdicts``, ``lately`` and ``advice`` as in :py:func:`explain`
+    - ``addresses``: address -> ``last_login``; ``no_trust``, if that login has earned none on this host, and why; and
+      ``verdicts``, ``lately`` and ``advice`` as in :py:func:`explain`
     - ``advice``: what to do when no login of the user is known
 
-    Logins are known for ``mailfw:trusted:period``, and at least for a day.
+    Logins are known for ``mailfw:trusted:period``, and at least for a day; those that have earned no trust on this host
+    only, until its agent is restarted, and the last ten of a user.
 
     user
         The user, as Dovecot logs the name. Upper and lower case are the same.
@@ -935,18 +942,26 @@ def why(user, service=None):
     user = _user(user)
     host = _host_settings()
     places = json.loads(_ask_agent("places", user))
+    logins = {**{address: (at, "") for address, at in places["trusted"].items()}, **places["refused"]}
     addresses = {
-        _trusted_text(parse.address(address), host): {
-            "last_login": f"{overview.ago(at)} ago",
-            **{key: said for key, said in explain(address, service).items() if key in ("verdicts", "lately", "advice")},
-        }
-        for address, at in places.items()
+        _trusted_text(parse.address(address), host): _login_place(address, service, at, no_trust)
+        for address, (at, no_trust) in sorted(logins.items(), key=lambda one: -one[1][0])
     }
     return {
         "user": user,
         "host": host["host"]["id"],
         "addresses": addresses,
         "advice": [] if addresses else [_unknown_user(host)],
+    }
+
+
+def _login_place(address, service, at, no_trust):
+    """Return when a user has logged in from somewhere, and how this host treats the address."""
+    found = _explain(address, service, no_trust)
+    return {
+        "last_login": f"{overview.ago(at)} ago",
+        **({"no_trust": no_trust} if no_trust else {}),
+        **{key: found[key] for key in ("verdicts", "lately", "advice")},
     }
 
 
@@ -1310,7 +1325,7 @@ def _places(user, host):
     user = _user(user)
     if host["trusted"]["users"] == "off":
         raise SaltInvocationError("user: mailfw:trusted:users is off on this host, so it is not known who logs in")
-    places = json.loads(_ask_agent("places", user))
+    places = json.loads(_ask_agent("places", user))["trusted"]
     return [elements.trusted_network(parse.address(address), host) for address in places]
 
 

@@ -364,9 +364,14 @@ def explain(address, service=None):
         salt-run mailfw.explain 192.0.2.1 submission
     """
     found = _ask_all("mailfw.explain", {"address": address, "service": service})
-    verdicts = {host: _words(said["verdicts"]) for host, said in found["hosts"].items()}
+    return {**found, "differ": _differing(found["hosts"])}
+
+
+def _differing(hosts):
+    """Return in which services the verdicts of hosts on an address differ: service -> first word -> hosts."""
+    verdicts = {host: _words(said["verdicts"]) for host, said in hosts.items()}
     services = list(dict.fromkeys(service for words in verdicts.values() for service in words))
-    return {**found, "differ": overview.differing(verdicts, services)}
+    return overview.differing(verdicts, services)
 
 
 def _words(verdicts):
@@ -376,7 +381,8 @@ def _words(verdicts):
 
 def why(user, service=None):
     """
-    Say why a user can or cannot connect to each mail host: see the function of that name there.
+    Say why a user can or cannot connect to each mail host, and for which of the user's addresses hosts differ: see the
+    function of that name there.
 
     user
         The user, as Dovecot logs the name.
@@ -390,12 +396,24 @@ def why(user, service=None):
 
         salt-run mailfw.why alice@example.org
     """
-    return _ask_all("mailfw.why", {"user": user, "service": service})
+    found = _ask_all("mailfw.why", {"user": user, "service": service})
+    places = {host: said["addresses"] for host, said in found["hosts"].items()}
+    addresses = dict.fromkeys(address for known in places.values() for address in known)
+    differ = {address: _differing_places(address, places) for address in addresses}
+    return {**found, "differ": {address: said for address, said in differ.items() if said}}
+
+
+def _differing_places(address, places):
+    """Return where hosts differ on an address of a user's logins, and which know of none from there."""
+    found = _differing({host: known[address] for host, known in places.items() if address in known})
+    unaware = [host for host, known in sorted(places.items()) if address not in known]
+    return {**found, "no login known": unaware} if unaware else found
 
 
 def who(address):
     """
-    Return a table of all mail hosts: where an address is trusted, banned or blocked, and until when.
+    Return a table of all mail hosts: where an address is trusted, banned or blocked, and until when; and where hosts
+    differ.
 
     address
         The address.
@@ -406,7 +424,7 @@ def who(address):
 
         salt-run mailfw.who 192.0.2.1
     """
-    found = _ask_all("mailfw.explain", {"address": address})
+    found = explain(address)
     hosts = {host: _standing(said) for host, said in found["hosts"].items()}
     return {"data": {**found, "hosts": hosts}, "outputter": "mailfw"}
 

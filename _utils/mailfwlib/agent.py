@@ -16,7 +16,8 @@ until note                                       time), and with which comment
 ``forget`` addresses                root         takes addresses for ones that never logged in
 ``overlook`` addresses              root         takes sources for ones that were never observed
 ``revoke`` user                     root         ends what only that user's logins have earned, as JSON
-``places`` user                     root         says where that user has logged in from, as JSON
+``places`` user                     root         says where that user has logged in from, and why logins there have
+                                                 earned no trust, as JSON
 ``again`` since                     root         trusts again who has logged in since then (Unix time)
 ``renew`` address user...           root         renews the trust of addresses where users are still logged in
 ``seed`` address user...            root         trusts addresses where users are logged in, as their logins would
@@ -234,6 +235,7 @@ class Agent:
             raise RefusedError(f"{address_text!r:.60}: {err}") from err
         now = time.time()
         if reason := self._earn(address, user, now, "login"):
+            self.people.refuse(user, elements.trusted_key(address, self.settings), now, reason)
             return f"{address} is not trusted: {reason}"
         self.counts["logins"] += 1
         self._last_logins.note(elements.trusted_key(address, self.settings), now)
@@ -508,10 +510,14 @@ class Agent:
         self._ended_journal.append(key, self._ended[key], lambda: self._ended)
 
     def _places(self, user: str) -> str:
-        """Return from where a user has logged in lately and when, the last first, as JSON. Raises RefusedError."""
+        """Return from where a user has logged in lately and when, the last first, as JSON. Raises RefusedError.
+
+        ``refused``: where logins have earned no trust, when the last one was, and why.
+        """
         _check_name(user)
         newest = sorted(self.people.places(user).items(), key=lambda place: -place[1])
-        return json.dumps({str(address): at for address, at in newest[:MOST_PLACES]})
+        refused = {str(address): one for address, one in self.people.refusals(user).items()}
+        return json.dumps({"trusted": {str(address): at for address, at in newest[:MOST_PLACES]}, "refused": refused})
 
     def _revoke(self, user: str) -> str:
         """End what only this user's logins have earned, at the first so many addresses; ``more``: others are left."""

@@ -15,7 +15,7 @@ import time
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 from urllib.parse import quote, unquote
 
 from mailfwlib import parse
@@ -36,6 +36,8 @@ MOST_OF_ONE = 10_000
 DAY = 86400
 #: Seconds between two looks at what is over.
 TIDY = 3600.0
+#: Users of whom refused logins are remembered, and addresses of one.
+MOST_REFUSED, MOST_REFUSED_OF_ONE = 10_000, 10
 #: Revocations that are remembered, and for how many seconds: no older login is told of.
 MOST_REVOKED = 10_000
 LONGEST_REVOKED = 7 * DAY
@@ -102,16 +104,26 @@ def _journal(directory: Path) -> Journal[Pair]:
     return Journal(directory / "users", 2 * MOST, pair, pair_text)
 
 
+class Refusal(NamedTuple):
+    """A login that has earned no trust: its Unix time, and why."""
+
+    at: float
+    reason: str
+
+
 class People:
     """The users that have logged in lately: a user's key -> the trusted address -> Unix time of the last login.
 
-    It outlives the agent. What is too much pushes out the addresses of whoever has been away for longest.
+    It outlives the agent, but for the logins that have earned no trust. What is too much pushes out the addresses of
+    whoever has been away for longest.
     """
 
     def __init__(self, settings: Callable[[], Settings], directory: Path = DIRECTORY):
         self._settings = settings
         self._users: dict[str, dict[Address, float]] = {}
         self._count = 0
+        #: Logins that have earned no trust: a user's key -> the address -> Unix time of the last one, and why.
+        self._refused: dict[str, dict[Address, Refusal]] = {}
         self._tidied = 0.0
         self._journal = _journal(directory)
         self._revocations = Journal(directory / "revoked", MOST_REVOKED, parse.user_key)
@@ -166,8 +178,26 @@ class People:
         if not key or at <= before:
             return
         self._put(key, address, at)
+        self._refused.get(key, {}).pop(address, None)
         if is_renewed((address, key), before, at, self._period()):
             self._journal.append((address, key), at, self._pairs)
+
+    def refuse(self, user: str, address: Address, at: float, reason: str) -> None:
+        """Remember why a user's login (Unix time) has earned no trust."""
+        if not (key := self.key(user)):
+            return
+        refused = self._refused.pop(key, {})
+        self._refused[key] = refused
+        refused.pop(address, None)
+        refused[address] = Refusal(at, reason)
+        if len(refused) > MOST_REFUSED_OF_ONE:
+            del refused[next(iter(refused))]
+        if len(self._refused) > MOST_REFUSED:
+            del self._refused[next(iter(self._refused))]
+
+    def refusals(self, user: str) -> dict[Address, Refusal]:
+        """Return the addresses from where a user's last login has earned no trust, and why."""
+        return {address: one for key in self.keys(user) for address, one in self._refused.get(key, {}).items()}
 
     def admitted(self, logins: dict[str, float]) -> dict[str, float]:
         """Return those of some logins, key -> Unix time, that no operator has revoked, under the keys of this host."""
@@ -220,11 +250,16 @@ class People:
 
     def tidy(self, now: float) -> None:
         """Forget what is over, on disk too; and at once everything when pillar says that no user is kept."""
-        if now - self._tidied < TIDY and (self.keeps() or not self._users):
+        if now - self._tidied < TIDY and (self.keeps() or not (self._users or self._refused)):
             return
         self._tidied = now
         self._revoked = {key: at for key, at in self._revoked.items() if at > now - LONGEST_REVOKED}
         before, since = self._pairs(), now - max(self._period(), DAY)
+        self._refused = {
+            key: late
+            for key, refused in self._refused.items()
+            if self.keeps() and (late := {address: one for address, one in refused.items() if one.at > since})
+        }
         kept = {(address, self._own(key)): at for (address, key), at in before.items() if at > since and self.keeps()}
         if kept.keys() != before.keys():
             self._users, self._count = {}, 0

@@ -264,6 +264,32 @@ def test_one_address_too_many_is_not_trusted(agent: Agent, loaded: Firewall) -> 
     assert "alice" not in agent.log()
 
 
+def refused(agent: Agent, user: str) -> dict[str, str]:
+    """Return where logins of a user have earned no trust, and why."""
+    found = json.loads(agent.ask("places", user))["refused"]
+    assert all(time.time() - 10 < at <= time.time() for at, _ in found.values())
+    return {address: reason for address, (_, reason) in found.items()}
+
+
+def test_why_a_login_earns_no_trust_is_remembered(agent: Agent, loaded: Firewall) -> None:
+    """By the network's address over IPv6, until one there earns some; a user's own only."""
+    agent.configure(pillar(never=[CAFE]))
+    agent.login(CAFE, ALICE)
+    use_up(agent)
+    agent.login("2001:db8:a::10", "Alice@example.org")
+    enough = "mailfw:trusted:per_user: this user has enough addresses for today"
+    assert refused(agent, ALICE) == {CAFE: "is in mailfw:trusted:never", OFFICE: enough}
+    assert refused(agent, BOB) == {}
+    agent.configure(pillar(never=[CAFE], per_user=50))
+    agent.login(OFFICE, ALICE)
+    assert refused(agent, ALICE) == {CAFE: "is in mailfw:trusted:never"}
+    agent.configure({**PILLAR, "protection": {"type": "private"}})
+    agent.login(HOME, BOB)
+    assert refused(agent, BOB) == {HOME: "no mailfw:trusted network admits it, and the mode is private"}
+    agent.configure(pillar(users="off"))
+    until(lambda: refused(agent, ALICE) == refused(agent, BOB) == {}, "what was kept is forgotten")
+
+
 def test_known_addresses_and_other_users_go_on(agent: Agent, loaded: Firewall) -> None:
     use_up(agent)
     agent.login(HOME, ALICE)

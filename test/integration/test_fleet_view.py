@@ -73,7 +73,9 @@ def test_explain_says_where_hosts_differ(fleet: Fleet, mx1: MailHost, mx2: MailH
     said = fleet.salt_run(*PATIENTLY, "mailfw.explain", address, "imaps")[1]
     assert said["hosts"]["mx1"]["verdicts"].keys() == {"imaps"}
 
-    said = fleet.salt_run(*PATIENTLY, "mailfw.who", address)[1]["hosts"]
+    told = fleet.salt_run(*PATIENTLY, "mailfw.who", address)[1]
+    assert told["differ"]["submission"] == {"accepted": ["mx1"], "refused": ["mx2"]}
+    said = told["hosts"]
     assert said["mx1"]["trusted"].startswith("until ")
     assert (said["mx1"]["refused"], said["mx2"]["trusted"]) == ([], [])
     assert "submission" in said["mx2"]["refused"]
@@ -100,7 +102,34 @@ def test_why_a_user_cannot_send_is_one_question(fleet: Fleet, mx1: MailHost, mx2
     assert there[home]["advice"]
     assert there[hotel]["verdicts"]["submission"].startswith("accepted: trusted")
     assert there[hotel]["last_login"].endswith("s ago")
+    assert said["differ"] == {home: {"submission": {"accepted": ["mx1"], "refused": ["mx2"]}}}
     fleet.call(mx2, "mailfw.unblock", home)
+
+
+def test_why_a_login_has_earned_no_trust(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
+    home, office, hotel, webmail = (fleet.new_address() for _ in range(4))
+    user = f"user-{home}@example.org"
+    with fleet.pillar(mx1, protection={"type": "protected"}, trusted={"per_user": 2, "never": [webmail]}):
+        assert not fleet.apply(mx1).failed
+        said = [mx1.agent.login(address, user) for address in (home, office, hotel, webmail)]
+        assert ["is not trusted" in one for one in said] == [False, False, True, True]
+        wait_until_trusted(office, mx2)
+        told = fleet.salt_run(*PATIENTLY, "mailfw.why", user, "submission")[1]
+        known = fleet.call(mx1, "mailfw.list", "trusted", "submission", user=user)
+    places = told["hosts"]["mx1"]["addresses"]
+    assert list(places) == [webmail, hotel, office, home]
+    assert ["no_trust" in places[address] for address in (home, office)] == [False, False]
+    reasons = {hotel: "mailfw:trusted:per_user: this user has enough", webmail: "is in mailfw:trusted:never"}
+    for address, reason in reasons.items():
+        assert places[address]["no_trust"].startswith(reason)
+        assert places[address]["last_login"].endswith("s ago")
+        assert places[address]["verdicts"]["submission"].startswith("refused: not trusted")
+        (advice,) = places[address]["advice"]
+        assert advice.startswith(f"no login opens submission: {reason}")
+        assert f"salt mx1 mailfw.trust {address} does" in advice
+    assert told["hosts"]["mx2"]["addresses"].keys() == {home, office}
+    assert told["differ"] == {address: {"no login known": ["mx2"]} for address in (webmail, hotel)}
+    assert {row["address"] for row in known["rows"]} == {home, office}
 
 
 def test_list_of_all_hosts(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:

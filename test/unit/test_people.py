@@ -113,6 +113,34 @@ def test_off_keeps_nothing_and_forgets_what_was_kept(start, tmp_path):
     assert (len(known), known.key("bob"), known.places("alice"), on_disk(tmp_path)) == (0, "", {}, "")
 
 
+def test_refused_logins_are_kept_as_long_as_others_and_by_the_same_keys(start):
+    known = start()
+    known.refuse("Alice", HOME, NOW, "it is Monday")
+    known.refuse("alice", HOME, NOW + 1, "it is Tuesday")
+    known.refuse("", CAFE, NOW, "nobody by name")
+    assert known.refusals("ALICE") == {HOME: (NOW + 1, "it is Tuesday")}
+    known.tidy(NOW + people.TIDY + 1)
+    assert known.refusals("alice")
+    assert known.refusals("bob") == known.refusals("") == {}
+    log_in(known, "alice", HOME, NOW + 2)
+    assert known.refusals("alice") == {}
+    known.refuse("alice", HOME, NOW + 3, "it is Wednesday")
+    known.tidy(NOW + DAY + 10)
+    assert known.refusals("alice") == {}
+
+
+def test_refused_logins_that_are_remembered_are_bounded(start, monkeypatch):
+    monkeypatch.setattr(people, "MOST_REFUSED", 3)
+    known = start()
+    addresses = [HOME + n for n in range(people.MOST_REFUSED_OF_ONE + 5)]
+    for address in addresses:
+        known.refuse("alice", address, NOW, "many")
+    assert list(known.refusals("alice")) == addresses[5:]
+    for user in ("bob", "carol", "dave"):
+        known.refuse(user, HOME, NOW, "many")
+    assert [len(known.refusals(user)) for user in ("alice", "bob", "dave")] == [0, 1, 1]
+
+
 def test_nobody_by_name_is_not_kept(start):
     known = start()
     log_in(known, "", HOME)
