@@ -496,12 +496,15 @@ def trust(address, period=None, services=None, reason="", **kwargs):
     host, by, why = _host_settings(), _who(kwargs), _reason(reason)
     source, ports = _source(address, host), _ports(services, host)
     seconds = host["trusted"]["period"] if period is None else _period(period)
-    was = {port: left for port, left in _remaining(source, host)["trusted"].items() if port in ports}
+    had = _remaining(source, host)
+    was = {port: left for port, left in had["trusted"].items() if port in ports}
     until, note = time.time() + seconds, audit.note(by, why)
     _run(elements.trust(source, dict.fromkeys(ports, seconds), host, note, _holds()))
     _tell_agent("remember", elements.trusted_keys(source, host), ",".join(map(str, ports)), str(until), note)
     name = _trusted_text(source, host)
     audit.record("trust", name, by, ports, until, why)
+    if had["banned"]:
+        audit.record("unban", _source_text(source, host), by, had["banned"], why=why)
     return {"trusted": name, "ports": ports, "period": parse.duration_text(seconds), "was": _texts(was)}
 
 

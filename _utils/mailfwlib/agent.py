@@ -49,7 +49,7 @@ from typing import Any, Callable, NamedTuple
 
 from mailfwlib import __version__, audit, client, elements, messages, netlink, nft, parse, people, ruleset
 from mailfwlib.announcer import Announcer
-from mailfwlib.bans import Ban, Bans
+from mailfwlib.bans import Ban, Bans, banned_from
 from mailfwlib.journal import DIRECTORY, Journal
 from mailfwlib.keeper import Keeper
 from mailfwlib.monitor import Monitor
@@ -257,7 +257,7 @@ class Agent:
         if who and self._is_too_much(user, who, key, now):
             return "mailfw:trusted:per_user: this user has enough addresses for today"
         news = self._is_news(key, who, now)
-        self._trust(address, endings, until)
+        self._trust(address, endings, until, by)
         self.people.note(who, key, now)
         if news:
             self.announcer.announce(key, now, who)
@@ -318,7 +318,7 @@ class Agent:
                 yield text, _ENDED
             elif until > now + 1:
                 try:
-                    self._trust(address, endings, until)
+                    self._trust(address, endings, until, "seed")
                 except RefusedError as err:
                     yield text, str(err)
                     continue
@@ -374,14 +374,15 @@ class Agent:
                 found[port] = max(Ending(until, given.note), given)
         return found
 
-    def _trust(self, address: Address, endings: dict[int, Ending], until: float) -> None:
+    def _trust(self, address: Address, endings: dict[int, Ending], until: float, by: str) -> None:
         """Put a login's trust into the kernel's sets, or as soon as there are rules again. Raises RefusedError."""
         key = elements.trusted_key(address, self.settings)
         try:
-            self._put(address, endings)
+            self._put(address, endings, by)
         except nft.NftError as err:
             if err.full:  # A login lifts its source's bans, even if there is no room left for its trust.
-                self._nft.run(elements.unban(address, ROLES, self.settings, self._kernel.holds))
+                unban = elements.unban(address, ROLES, self.settings, self._kernel.holds)
+                self._lift_bans(address, unban, by)
                 raise RefusedError(f"{address} cannot be trusted: {err}") from err
             if len(self._waiting) < MOST_LOGINS:
                 self._waiting.add(key)
@@ -391,15 +392,24 @@ class Agent:
             if ending.note:
                 self._given[key, port] = ending
 
-    def _put(self, address: Address, endings: dict[int, Ending]) -> None:
+    def _put(self, address: Address, endings: dict[int, Ending], by: str) -> None:
         """Put an address into the kernel's sets. Raises NftError."""
         try:
             with ruleset.adding(self._patience) as in_turn:
-                self._nft.run(self._script(address, endings))
+                self._lift_bans(address, self._script(address, endings), by)
         except nft.NftError as err:
             self._complain("nft", f"{address} cannot be trusted now: {err}")
             raise
         self._patience = WAIT if in_turn else 0.0  # One login waits for a slow applier, not each.
+
+    def _lift_bans(self, address: Address, script: str, by: str) -> None:
+        """Run a script that lifts a source's rate bans; put those that there were into the journal. Raises NftError."""
+        banned: list[str] = []
+        with contextlib.suppress(OSError):  # No login is lost for want of a line in the journal.
+            banned = banned_from(address, self.settings, self._kernel)
+        self._nft.run(script)
+        if banned:
+            audit.record("unban", elements.text(elements.source_network(address, self.settings)), by, banned)
 
     def _script(self, address: Address, endings: dict[int, Ending]) -> str:
         """Return the script that trusts an address; a trust of an operator keeps its comment."""
@@ -475,7 +485,7 @@ class Agent:
         for key, until in list(self._earned.items()):
             if until > now and until - period >= since - 1:
                 with _unless_full():
-                    self._put(key, self._endings(key, until))
+                    self._put(key, self._endings(key, until), "login")
                 self._waiting.discard(key)
         for key in [key for key, at in self._ended.items() if at >= since - 1 and key not in self._earned]:
             with _unless_full():
@@ -490,7 +500,7 @@ class Agent:
         for key in list(self._waiting):
             if (until := self._earned.get(key, 0.0)) > time.time():
                 with _unless_full():
-                    self._put(key, self._endings(key, until))
+                    self._put(key, self._endings(key, until), "login")
             self._waiting.discard(key)
 
     def _forget(self, key: Address, ports: set[int] | None) -> None:
@@ -600,7 +610,7 @@ class Agent:
         if not endings:
             return False
         try:
-            self._trust(address, endings, until)
+            self._trust(address, endings, until, "fleet")
         except RefusedError:
             return False
         if time.time() - at > LATE:  # It would pass for one that the last snapshot has.

@@ -1,4 +1,4 @@
-"""Noticing the bans that the rules make: a thread that looks each second.
+"""Bans: from which roles a source is banned; and noticing what the rules ban, in a thread that looks each second.
 
 The kernel says nothing of elements that rules add. But whenever a rule bans a source, the counter ``over_rate`` moves:
 only then the sets are listed.
@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mailfwlib import netlink
+from mailfwlib import elements, netlink
+from mailfwlib.parse import Address
+from mailfwlib.settings import ROLES, Settings
 from mailfwlib.worker import Worker
 
 #: Seconds between two looks, and how many times the processor time of a look the pause after it is at least.
@@ -34,6 +36,12 @@ class Ban(NamedTuple):
     of: str
     address: str
     until: float
+
+
+def banned_from(address: Address, settings: Settings, kernel: netlink.Kernel) -> list[str]:
+    """Return the roles that an address's source is banned from. Raises OSError when the kernel does not answer."""
+    key = netlink.key(elements.source_key(address, settings))
+    return [role for role in ROLES if kernel.element(f"banned_{role}_{elements.family(address)}", key)]
 
 
 class Bans:

@@ -10,6 +10,7 @@ import pytest
 
 from mailfwlib import audit, elements, parse
 from mailfwlib.bans import Bans
+from mailfwlib.client import AgentError
 from support.agent import KEY, Agent, signed
 from support.firewall import Firewall
 from support.net import Client, Host, until
@@ -141,6 +142,35 @@ def test_trust_is_told_when_it_is_news(agent: Agent, journal: SystemJournal, fam
     assert [line[2] for line in found] == [f"where={PORTS}"] * 2
     assert [line[4] for line in found] == ["by=login", "by=fleet"]
     assert "alice" not in str(journal.entries())
+
+
+def test_bans_that_a_login_lifts_are_told(agent: Agent, loaded: Firewall, journal: SystemJournal, family: str) -> None:
+    """Those that there were, and none else."""
+    source, other = {"ipv4": ("192.0.2.1", "192.0.2.2"), "ipv6": ("2001:db8:1::1", "2001:db8:2::1")}[family]
+    names = [source, other] if family == "ipv4" else ["2001:db8:1::/64", "2001:db8:2::/64"]
+    loaded.ban(source, ("dovecot",))
+    loaded.ban(other)
+    for _ in range(2):
+        agent.login(source)
+    assert agent.ask("receive", signed({other: time.time()})) == "1"
+    assert [one["MESSAGE"] for one in journal.entries("unban")] == [
+        f"action=unban address={names[0]} where=dovecot by=login",
+        f"action=unban address={names[1]} where=postfix,dovecot by=fleet",
+    ]
+
+
+def test_bans_that_a_login_lifts_are_told_where_its_trust_has_no_room(
+    agent: Agent, loaded: Firewall, journal: SystemJournal
+) -> None:
+    loaded.unload()
+    loaded.load(**PILLAR, sizes={"trusted": 7})
+    agent.login("192.0.2.1")
+    loaded.ban("192.0.2.2", ("dovecot",))
+    with pytest.raises(AgentError, match="A set is full"):
+        agent.login("192.0.2.2")
+    assert [one["MESSAGE"] for one in journal.entries("unban")] == [
+        "action=unban address=192.0.2.2 where=dovecot by=login"
+    ]
 
 
 def test_login_does_not_wait_for_the_journal(agent: Agent, journal: SystemJournal, host: Host) -> None:

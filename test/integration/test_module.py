@@ -439,15 +439,17 @@ def test_an_argument_that_there_is_not_is_named(fleet: Fleet, mx1: MailHost) -> 
 def test_changes_are_in_the_journal_with_who_and_why(fleet: Fleet, mx1: MailHost) -> None:
     address = fleet.new_address()
     with mx1.host.journal() as entries:
-        for verb in ("trust", "untrust", "ban", "unban", "block", "unblock", "unblock"):
+        for verb in ("trust", "untrust", "ban", "unban", "ban", "trust", "block", "unblock", "unblock"):
             fleet.call(mx1, f"mailfw.{verb}", address, reason="ticket 17")
         found = [entry["MESSAGE"] for entry in entries() if entry.get("MAILFW_ADDRESS") == address]
     assert [line.split()[0] for line in found] == [
-        f"action={verb}" for verb in ("trust", "untrust", "ban", "unban", "block", "unblock")
+        f"action={verb}" for verb in ("trust", "untrust", "ban", "unban", "ban", "trust", "unban", "block", "unblock")
     ]
     assert all(re.search(r' by=[a-z_]+ why="ticket 17"$', line) for line in found)
     assert f"address={address} where=587,465,143,993,110,995,4190 until=20" in found[0]
-    assert "until=forever" in found[4]
+    assert found[6].startswith(f"action=unban address={address} where=postfix,dovecot by="), "the trust lifted the ban"
+    assert "until=forever" in found[7]
+    fleet.call(mx1, "mailfw.clear", address)
 
 
 @pytest.mark.parametrize(
