@@ -21,7 +21,7 @@ Source = Union[Address, Network]
 Has = Callable[[str, str], bool]
 _BROADCAST = ipaddress.IPv4Address("255.255.255.255")
 
-#: Why a login opens no port, where it would make its address trusted.
+#: Why a login opens no service that is in private mode: see ports_for_login.
 NOT_ADMITTED = "no mailfw:trusted network admits it, and the mode is private"
 #: Sources of a network that the sets take one by one: a look-up of networks would cost each packet of everybody.
 MOST_SOURCES = 4096
