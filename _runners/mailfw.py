@@ -211,7 +211,10 @@ def trusts(request):
         return []
     with _database() as database:
         _note_host(database, sender)
-        oldest = (time.time() - messages.OLDEST_LOGIN,)
+        now = time.time()
+        oldest = (now - messages.OLDEST_LOGIN,)
+        # From when clocks were ahead: what is told with each answer's own time would never end.
+        database.execute("UPDATE trusts SET at = ? WHERE at > ?", (now, now))
         database.execute("DELETE FROM trusts WHERE at < ?", oldest)
         database.execute("DELETE FROM revoked WHERE at < ?", oldest)
         found = database.execute(
@@ -220,8 +223,8 @@ def trusts(request):
     signed = []
     while found:
         count = messages.fitting((address, user) for address, user, _ in found)
-        logins, users = messages.split({(address, user): at for address, user, at in found[:count]})
-        signed.append(messages.sign(SENDER, messages.new_nonce(), logins, keys[0], users=users))
+        logins, users = messages.split({(address, user): at for address, user, at in found[:count]}, now)
+        signed.append(messages.sign(SENDER, messages.new_nonce(), logins, keys[0], now, users))
         found = found[count:]
     return signed
 

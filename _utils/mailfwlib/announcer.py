@@ -195,8 +195,9 @@ class Announcer:
         for event in events:
             self._fire(event)
         if tells:
-            last, users = messages.split(logins)
-            text = messages.sign(settings["host"]["id"], nonce, last, keys[0], users=users)
+            now = time.time()
+            last, users = messages.split(logins, now)
+            text = messages.sign(settings["host"]["id"], nonce, last, keys[0], now, users)
             self._fire({"tag": TAG, "data": {"message": text}})
 
     def _fire(self, event: dict[str, Any]) -> None:

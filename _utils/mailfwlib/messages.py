@@ -65,11 +65,18 @@ def fitting(pairs: Iterable[tuple[Any, str]]) -> int:
     return count
 
 
-def split(logins: dict[tuple[Address, str], float]) -> tuple[dict[Address, float], Users]:
-    """Return logins, (address, user's key) -> Unix time, as a message has them: those of all, and those by name."""
+def split(logins: dict[tuple[Address, str], float], now: float) -> tuple[dict[Address, float], Users]:
+    """Return logins, (address, user's key) -> Unix time, as a message of ``now`` has them: those of all, and by name.
+
+    One that may not be told would spoil it for all: who is too old is left out, and after a clock was set back what was
+    in the future is now.
+    """
     last: dict[Address, float] = {}
     users: Users = {}
     for (address, user), at in logins.items():
+        if at < now - OLDEST_LOGIN:
+            continue
+        at = min(at, now)
         last[address] = max(at, last.get(address, at))
         if user:
             users.setdefault(address, {})[user] = at

@@ -643,6 +643,26 @@ def test_what_had_no_echo_is_announced_again_by_the_next_agent(
     assert agent.status()["outbox"] == 0
 
 
+@pytest.mark.slow
+def test_a_login_that_may_not_be_told_keeps_no_other_back(agent: Agent, host: Host) -> None:
+    """The host's clock was a day ahead; and a login becomes too old while it waits for its echo."""
+    agent.kill()
+    now = time.time()
+    kept = {"198.51.100.7": now - 1, "198.51.100.8": now + DAY, "198.51.100.9": now - messages.OLDEST_LOGIN + 4}
+    host.call((journal.DIRECTORY / "outbox").write_text, "".join(f"{one} {at:.3f}\n" for one, at in kept.items()))
+    agent.start()
+
+    def told() -> list[set[str]]:
+        return [set(map(str, message.logins)) for message in announced(agent)]
+
+    assert until(told, "announced", 3) == [kept.keys()]
+    until(lambda: {"198.51.100.7", "198.51.100.8"} in told(), "announced again, without the third", 8)
+    for event in agent.events():
+        agent.ask("receive", event["data"]["message"])
+    assert agent.status()["outbox"] == 0
+    until(lambda: host.call((journal.DIRECTORY / "outbox").read_text) == "", "nothing is kept any more")
+
+
 RUBBISH = {
     "bytes": b"\xff\x00",
     "cut": b"192.0.2.1",

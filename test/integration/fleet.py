@@ -326,6 +326,10 @@ class Fleet:
         """Have the master forget who has logged in."""
         self._delete("trusts")
 
+    def note_login(self, address: str, at: float) -> None:
+        """Have the master know of a login (Unix time) that no host has told of."""
+        self._ask(f"INSERT INTO trusts VALUES ('{address}', '', {at})")
+
     def known(self) -> dict[str, set[str]]:
         """Return what the master has in its tables: those who have logged in, mail hosts, messages that wait."""
         columns = {"trusts": "address", "hosts": "id", "waiting": "message"}

@@ -13,6 +13,7 @@ import yaml
 
 from integration.fleet import Fleet, MailHost, wait_until_trusted
 from integration.hosts import wait_for
+from mailfwlib import messages, parse
 
 NO_AGENT = "there is no mailfw-agent on this host"
 NO_NEWS = "0 addresses are newly trusted"
@@ -161,6 +162,21 @@ def test_only_who_has_the_key_gets_the_logins(fleet: Fleet, mx1: MailHost, mx2: 
         {"keys": []},
     ):
         assert ask_for_logins(fleet, mx1, request) == [], request
+
+
+def test_a_login_of_the_future_spoils_no_answer_and_is_of_now_for_good(fleet: Fleet, mx1: MailHost) -> None:
+    """The clocks of the master and of a host were a day ahead for a while."""
+    address = fleet.new_address()
+    fleet.note_login(address, time.time() + 86400)
+
+    def told() -> float:
+        answers = [messages.verify(text, [fleet.key]) for text in ask_for_logins(fleet, mx1, fleet.sign())]
+        (at,) = [one.logins[parse.address(address)] for one in answers if parse.address(address) in one.logins]
+        return at
+
+    began, at = time.time(), told()
+    assert began <= at
+    assert told() == at, "its trust would never end"
 
 
 def test_a_host_with_another_key_gets_and_gives_nothing(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:

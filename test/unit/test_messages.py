@@ -79,12 +79,19 @@ def test_a_message_without_users_is_as_it_always_was():
 
 @given(st.dictionaries(st.tuples(arbitrary.addresses, st.just("") | user_keys), times, max_size=20))
 def test_any_logins_of_users_come_back_as_they_were(logins):
-    last, users = messages.split(logins)
+    last, users = messages.split(logins, NOW)
     found = messages.verify(messages.sign("mx1", "n1", last, KEY, NOW, users=users), [KEY], NOW)
     assert (found.logins, found.users) == (last, users)
     assert {(address, key) for address, whose in found.users.items() for key in whose} == {
         pair for pair in logins if pair[1]
     }
+
+
+@given(st.dictionaries(st.tuples(arbitrary.addresses, st.just("") | user_keys), st.floats(0, 2 * NOW), max_size=20))
+def test_whatever_was_kept_a_message_says_what_may_be_told(logins):
+    last, users = messages.split(logins, NOW)
+    found = messages.verify(messages.sign("mx1", "n1", last, KEY, NOW, users=users), [KEY], NOW)
+    assert found.logins.keys() == {pair[0] for pair, at in logins.items() if at >= NOW - messages.OLDEST_LOGIN}
 
 
 @pytest.mark.parametrize(
@@ -95,7 +102,7 @@ def test_as_many_logins_as_are_said_to_fit_do(key, least, sender):
     pairs = [(parse.address(f"2001:db8:ffff:ffff:ffff:ffff:ffff:{n:x}"), key) for n in range(4096, 5096)]
     count = messages.fitting(pairs)
     assert least <= count <= messages.MOST_LOGINS
-    last, users = messages.split({pair: NOW - 1 / (n + 7) for n, pair in enumerate(pairs[:count])})
+    last, users = messages.split({pair: NOW - 1 / (n + 7) for n, pair in enumerate(pairs[:count])}, NOW)
     assert (
         len(messages.verify(messages.sign(sender, "n" * 32, last, KEY, NOW, users=users), [KEY], NOW).logins) == count
     )
