@@ -3,11 +3,13 @@
 A thing is an address, or who has logged in from where. It is written without white space.
 
 A line is appended without waiting for the disk, so that it costs a login some microseconds: it outlives the agent,
-killed or not; a power failure may take the last seconds of it.
+killed or not; a power failure may take the last seconds of it. What a full disk does not take goes with the next line
+that it takes.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -39,7 +41,7 @@ def pair_text(who: Pair) -> str:
 
 
 class Journal(Generic[Thing]):
-    """A file of things and times, for one writer. What cannot be written is logged, and lost with the agent."""
+    """A file of things and times, for one writer. What cannot be written is logged, and kept until it can."""
 
     def __init__(self, path: Path, most: int, read: Callable[[str], Thing], text: Callable[[Thing], str] = str):
         """``most``: lines after which the file is written anew, with what is still worth keeping.
@@ -48,16 +50,18 @@ class Journal(Generic[Thing]):
         """
         self._path, self._most, self._read, self._text = path, most, read, text
         self._lines = 0
+        self._unwritten: list[str] = []
         self._broken = False
 
     def load(self) -> dict[Thing, float]:
         """Return what was kept: thing -> Unix time. Lines that are cut off or make no sense are left out."""
         found: dict[Thing, float] = {}
         try:
-            lines = self._path.read_text(encoding="ascii", errors="replace").splitlines()
+            *lines, cut_off = self._path.read_text(encoding="ascii", errors="replace").split("\n")
         except OSError:
             return {}
-        self._lines = len(lines)
+        # What is cut off would go on with the next line: then that has everything written anew.
+        self._lines = self._most if cut_off else len(lines)
         for line in lines:
             try:
                 text, at = line.split(" ")
@@ -70,17 +74,30 @@ class Journal(Generic[Thing]):
     def append(self, thing: Thing, at: float, all_of_it: Callable[[], dict[Thing, float]]) -> None:
         """Keep a line more; ``all_of_it`` gives what is worth keeping when the file has become too long."""
         self._lines += 1
+        self._unwritten.append(self._line(thing, at))
         if self._lines > self._most:
             self.replace(all_of_it())
             return
         try:
-            with open(
-                os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w", encoding="ascii"
-            ) as file:
-                file.write(self._line(thing, at))
-            self._broken = False
+            self._write("".join(self._unwritten).encode("ascii"))
+            self._all_is_written()
         except OSError as err:
             self._complain(err)
+
+    def _write(self, lines: bytes) -> None:
+        """Append lines, all or none. Raises OSError."""
+        file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            before = os.fstat(file).st_size
+            if os.write(file, lines) < len(lines):
+                os.ftruncate(file, before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(file)
+
+    def _all_is_written(self) -> None:
+        self._unwritten.clear()
+        self._broken = False
 
     def clear(self) -> None:
         """Keep nothing."""
@@ -92,7 +109,7 @@ class Journal(Generic[Thing]):
         try:
             files.replace(self._path, "".join(self._line(thing, at) for thing, at in entries.items()))
             self._lines = len(entries)
-            self._broken = False
+            self._all_is_written()
         except OSError as err:
             self._complain(err)
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from mailfwlib import netlink, nft, ruleset, settings, snapshot
-from support.agent import KEPT, Agent
+from support.agent import KEPT, KEY, Agent, signed
 from support.firewall import Firewall, element_text, rule_files
 from support.net import LIMIT, Host, until
 from support.steps import Step, Steps, kill, processes
@@ -416,6 +416,42 @@ def test_snapshot_on_a_full_disk(site: Site, host: Host, disk: Path, agent: Agen
     assert room > 4
     assert site.listed() == site.names
     assert snapshot.same(host.call(snapshot.load), host.call(snapshot.current))
+
+
+@pytest.mark.parametrize("room", [0, 10], ids=["no room", "room for a part of a line"])
+@pytest.mark.parametrize("disk", [STATE], indirect=True, ids=str)
+def test_what_a_full_disk_did_not_take_is_kept_once_there_is_room(
+    site: Site, host: Host, disk: Path, agent: Agent, room: int
+) -> None:
+    agent.configure({**OLD, "fleet": {"keys": [KEY]}})
+    first, second, before = "198.51.100.30", "198.51.100.31", time.time()
+    host.call((disk / "ended").write_text, "x" * (4096 - room - 1) + "\n")  # It has one page of the disk.
+    host.call(fill, disk, 0)
+    agent.ask("forget", first)
+    until(lambda: "ended: No space left on device" in agent.log(), "it says so")
+    host.call(fill, disk, 100)
+    agent.ask("forget", second)
+    agent.kill()
+    agent.start()
+    assert agent.ask("receive", signed({first: before, second: before})) == "0"
+    assert agent.ask("receive", signed({first: time.time(), second: time.time()})) == "2"
+
+
+@pytest.mark.parametrize("disk", [STATE], indirect=True, ids=str)
+def test_a_line_that_was_cut_off_is_none_and_swallows_no_other(
+    site: Site, host: Host, disk: Path, agent: Agent
+) -> None:
+    """As a power failure leaves it."""
+    agent.configure({**OLD, "fleet": {"keys": [KEY]}})
+    agent.kill()
+    first, second, before = "198.51.100.30", "198.51.100.31", time.time()
+    host.call((disk / "ended").write_text, f"{first} {before:.3f}\n{first} 17")
+    agent.start()
+    assert agent.ask("receive", signed({first: before - 1})) == "0"
+    agent.ask("forget", second)
+    agent.kill()
+    agent.start()
+    assert agent.ask("receive", signed({first: before - 1, second: before})) == "0"
 
 
 @pytest.mark.parametrize("disk", [RULES, RUN, STATE], indirect=True, ids=str)
