@@ -195,7 +195,8 @@ def trusts(request):
     Called by mail hosts through ``publish.runner``.
 
     request
-        A message signed under a fleet key: that a minion is accepted does not make it a mail host.
+        A message of the minion that asks, signed under a fleet key: that a minion is accepted, or has overheard another
+        one's message, does not make it a mail host.
 
     CLI Example:
 
@@ -206,6 +207,8 @@ def trusts(request):
     keys = _keys()
     try:
         sender = messages.verify(request, keys).sender
+        if sender != __opts__["id"]:  # There Salt puts that of the minion that asks, authenticated.
+            raise messages.MessageError(f"{__opts__['id']!r:.80} asks with a message of {sender!r:.80}")
     except messages.MessageError as err:
         log.warning("mailfw: a request for the fleet's logins was refused: %s", err)
         return []

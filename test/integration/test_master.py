@@ -164,6 +164,17 @@ def test_only_who_has_the_key_gets_the_logins(fleet: Fleet, mx1: MailHost, mx2: 
         assert ask_for_logins(fleet, mx1, request) == [], request
 
 
+def test_nobody_gets_the_logins_with_a_message_that_it_has_overheard(
+    fleet: Fleet, mx1: MailHost, mx2: MailHost
+) -> None:
+    """Every accepted minion can listen to what the master publishes: here mx2 stands for one without the key."""
+    moment = time.time()
+    mx1.agent.login(fleet.new_address())
+    overheard, *_ = wait_for("the announcement", lambda: fleet.announcements_since(moment))
+    assert ask_for_logins(fleet, mx2, overheard) == []
+    assert ask_for_logins(fleet, mx1, overheard) != []
+
+
 def test_a_login_of_the_future_spoils_no_answer_and_is_of_now_for_good(fleet: Fleet, mx1: MailHost) -> None:
     """The clocks of the master and of a host were a day ahead for a while."""
     address = fleet.new_address()

@@ -73,7 +73,7 @@ def test_all_hosts_open_and_close(fleet: Fleet, mx1: MailHost, mx2: MailHost) ->
 
 
 def test_hosts_that_fail_or_are_gone_are_named(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
-    fleet.call(mx1, "publish.runner", "mailfw.trusts", [fleet.sign(sender="gone")])
+    fleet.salt_run("mailfw.announce", fleet.sign(sender="gone"))
     with unguarded(fleet, mx2):
         status, said = fleet.salt_run(*PATIENTLY, "mailfw.open", "1h", "some of them")
     assert status == 1
