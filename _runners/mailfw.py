@@ -10,6 +10,7 @@ fleet when it has signed something lately: targeting by pillar finds nothing on 
 
 import contextlib
 import fcntl
+import ipaddress
 import logging
 import os
 import secrets
@@ -20,7 +21,7 @@ import salt.client
 import salt.utils.files
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
-from mailfwlib import audit, breakglass, doctor, doctor_master, messages, overview, people
+from mailfwlib import audit, breakglass, doctor, doctor_master, elements, messages, overview, parse, people
 
 log = logging.getLogger(__name__)
 
@@ -327,6 +328,20 @@ def _forget_user(keys, now):
         database.executemany("INSERT OR REPLACE INTO revoked VALUES (?, ?)", hashes)
 
 
+def _forget_address(text):
+    """Have hosts that catch up hear no more of an address's or a network's logins until now."""
+    try:
+        network = ipaddress.ip_network(parse.network(text) if "/" in str(text) else parse.address(text))
+    except ValueError:
+        return  # The hosts say what is wrong with it.
+    # Which prefix stands for an IPv6 address is for each host's pillar to say: any that pillar takes.
+    bases = {elements.prefix_base(network.network_address, length) for length in range(32, network.prefixlen + 1)}
+    with _database() as database:
+        known = database.execute("SELECT DISTINCT address FROM trusts").fetchall()
+        ended = [row for row in known if (address := parse.address(row[0])) in bases or address in network]
+        database.executemany("DELETE FROM trusts WHERE address = ?", ended)
+
+
 def _revoked(said):
     return said if "revoked" in said and "problems" not in said else None
 
@@ -504,6 +519,8 @@ def untrust(address, services=None, reason=""):
 
         salt-run mailfw.untrust 192.0.2.1
     """
+    # Of some services, too: the table knows of no ports, and hosts believe older logins of this address for none now.
+    _forget_address(address)
     found = _tell("untrust", address, services=services, reason=reason)
     for said in found["hosts"].values():
         said.pop("only_here", None)
@@ -559,6 +576,7 @@ def clear(address, reason=""):
 
         salt-run mailfw.clear 192.0.2.1
     """
+    _forget_address(address)
     return _tell("clear", address, reason=reason)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from integration.fleet import NETWORK, Fleet, MailHost, wait_until_trusted
+from integration.hosts import wait_for
 from integration.test_module import session
 from integration.test_way_out import PATIENTLY
 from mailfwlib import __version__, messages
@@ -191,6 +194,41 @@ def test_verbs_reach_all_hosts(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> No
     for host in (mx1, mx2):
         assert address not in host.host.trusted()
         assert address not in str(host.host.elements("banned_dovecot_ipv4"))
+
+
+@pytest.mark.parametrize(
+    "verb", [["untrust"], ["untrust", "services=imap"], ["clear"]], ids=["untrust", "of a service", "clear"]
+)
+def test_a_host_that_is_installed_anew_does_not_learn_of_what_was_ended(
+    fleet: Fleet, mx1: MailHost, mx2: MailHost, verb: list[str]
+) -> None:
+    ended, other = fleet.new_address(), fleet.new_address()
+    for address in (ended, other):
+        mx1.agent.login(address)
+    wait_until_trusted(other, mx2)
+    wait_for("the echo", lambda: mx1.agent.status()["outbox"] == 0)
+    status, said = fleet.salt_run(*PATIENTLY, f"mailfw.{verb[0]}", ended, *verb[1:])
+    assert (status, said["hosts"].keys()) == (0, {"mx1", "mx2"})
+    mx2.agent.stop()
+    mx2.host.path("/var/lib/mailfw/ended").unlink()
+    mx2.host.nft("flush", "set", "inet", "mailfw", "trusted_ipv4")
+    mx2.agent.start()
+    fleet.call(mx2, "mailfw.catch_up")
+    assert mx2.trusts(other)
+    assert ended not in mx2.host.trusted()
+
+
+def test_whatever_prefix_stands_for_an_address_the_master_forgets_it(fleet: Fleet) -> None:
+    now = time.time()
+    of_it = {"2001:db8:77:5500::", "2001:db8:77:55ab::", "2001:db8:77:55ab::17"}
+    others = {"2001:db8:77:55ac::", "2001:db8:77:55ab::18", "100.127.0.9"}
+    for address in {*of_it, *others}:
+        fleet.note_login(address, now)
+    fleet.salt_run(*PATIENTLY, "mailfw.untrust", "2001:db8:77:55ab::17")
+    assert fleet.known()["trusts"] & {*of_it, *others} == others
+    fleet.salt_run(*PATIENTLY, "mailfw.untrust", "100.127.0.0/24")
+    fleet.salt_run(*PATIENTLY, "mailfw.clear", "2001:db8:77:55a0::/60")
+    assert not fleet.known()["trusts"] & others
 
 
 def test_untrust_ends_sessions_on_all_hosts(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
