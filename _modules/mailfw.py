@@ -1174,7 +1174,7 @@ def doctor_():
     """
     saved, pillar = _settings_for_doctor(), _pillar_for_doctor()
     keys = saved["fleet"]["keys"] if saved else []
-    host = doctor.Host(saved, pillar, [] if keys else _ask_master(), _unguarded, _switched_off())
+    host = doctor.Host(saved, pillar, [] if keys else _ask_master(), _unguarded, _switched_off(), __opts__["id"])
     found = doctor.examine(host, doctor.CHECKS + doctor_mail.CHECKS)
     if found["failed"]:
         __context__["retcode"] = 1

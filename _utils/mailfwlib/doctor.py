@@ -86,6 +86,8 @@ class Host:
     unguarded: Callable[[Settings], list[str]] = field(default=lambda _: [])
     #: The services that pillar switches off: they may be open.
     switched_off: Sequence[str] = ()
+    #: The minion's id; None when it is not at hand.
+    minion_id: str | None = None
 
     @property
     def settings(self) -> Settings:
@@ -203,6 +205,18 @@ def what_pillar_says_is_applied(host: Host) -> Wrong | None:
     if differing:
         return Wrong(f"not applied yet: {', '.join(f'mailfw:{key}' for key in differing)}", APPLY)
     return None
+
+
+def minion_id_is_applied(host: Host) -> Wrong | None:
+    """The agent tells of logins in the name that the minion has: the master publishes to whom it hears of."""
+    if host.minion_id is None:
+        raise Skipped("asked without Salt, which knows the minion's id")
+    saved = host.settings["host"]["id"]
+    if saved == host.minion_id:
+        return None
+    return Wrong(
+        f"this minion is {host.minion_id}, and its agent goes by {saved}: nothing of the fleet reaches it", APPLY
+    )
 
 
 def fleet_key_is_there(host: Host) -> Wrong | None:
@@ -427,6 +441,7 @@ def logins_reach_the_fleet(host: Host) -> Wrong | None:
 CHECKS: tuple[Check[Host], ...] = (
     pillar_is_valid,
     what_pillar_says_is_applied,
+    minion_id_is_applied,
     fleet_key_is_there,
     nft_is_recent_enough,
     kernel_takes_the_rules,

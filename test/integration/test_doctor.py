@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import socket
@@ -16,7 +17,7 @@ import pytest
 from integration.fleet import Fleet, MailHost
 from integration.hosts import network_of, wait_for
 from integration.test_way_out import PATIENTLY
-from mailfwlib import messages
+from mailfwlib import files, messages
 
 APPLY = "run `salt-call state.apply mailfw`"
 #: Of Dovecot's and Postfix's configuration: this machine may have some of both, which the hosts share. See the lab.
@@ -83,6 +84,19 @@ def test_pillar_that_is_wrong_or_not_applied(fleet: Fleet, mx1: MailHost) -> Non
         assert found["pillar is valid"]["found"] == "mailfw:enforce: 'maybe': expected true or false"
     finally:
         give_pillar(fleet, mx1, False)
+
+
+def test_a_host_that_has_got_another_name(fleet: Fleet, mx1: MailHost) -> None:
+    path = mx1.host.path("/etc/mailfw/settings.json")
+    saved = json.loads(path.read_text())
+    saved["host"]["id"] = "mx9"
+    files.replace(path, json.dumps(saved))
+    try:
+        wrong = {"found": "this minion is mx1, and its agent goes by mx9: nothing of the fleet reaches it", "do": APPLY}
+        assert failed(fleet, mx1) == {"minion id is applied": wrong}
+    finally:
+        assert not fleet.apply(mx1).failed
+    assert failed(fleet, mx1) == {}
 
 
 def test_a_host_without_the_fleets_key(fleet: Fleet, mx2: MailHost) -> None:
