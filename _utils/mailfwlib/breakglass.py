@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -16,6 +17,8 @@ SET = "break_glass"
 LONGEST = 7 * parse.DURATION_UNITS["d"]
 LONGEST_REASON = 200
 
+log = logging.getLogger(__name__)
+
 
 class Opening(NamedTuple):
     """Until when everything is open, in Unix time, and why."""
@@ -28,7 +31,7 @@ def opening(now: float) -> Optional[Opening]:
     """Return the opening that is in force, None when there is none."""
     try:
         ends, _, reason = STATE.read_text(encoding="utf-8", errors="replace").strip().partition(" ")
-        found = Opening(int(ends), reason)
+        found = Opening(int(ends[:12]), reason)
     except (OSError, ValueError):
         return None
     return found if found.ends > now else None
@@ -60,4 +63,17 @@ def arguments(period: Any, reason: Any) -> tuple[str, str]:
 def resumed(now: float) -> str:
     """Return the nft script that opens a fresh table again, for the time that is left."""
     found = opening(now)
-    return f"add element {nft.TABLE} {SET} {{ tcp timeout {round(found.ends - now) or 1}s }}\n" if found else ""
+    if not found:
+        return ""
+    left, longest = found.ends - now, _longest(found)
+    if left > longest:  # At boot the clock may be years behind.
+        log.warning("%s: until %d is too long from now, as the clock has it: %d s instead", STATE, found.ends, longest)
+    return f"add element {nft.TABLE} {SET} {{ tcp timeout {round(min(left, longest)) or 1}s }}\n" if longest > 0 else ""
+
+
+def _longest(found: Opening) -> float:
+    """Return for how many seconds everything was opened: since the file was written."""
+    try:
+        return min(found.ends - STATE.stat().st_mtime, LONGEST)
+    except OSError:
+        return 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mailfwlib import files, keeper, nft, ruleset, snapshot
+from mailfwlib import breakglass, files, keeper, nft, ruleset, snapshot
 from support.agent import KEY, Agent
 from support.firewall import Firewall
 from support.net import Client, Host, until
@@ -490,4 +491,27 @@ def test_way_out_takes_a_reason_as_it_is(installed: Firewall, host: Host) -> Non
     assert reason in opened(host)
     assert not host.call(Path("/run/x").exists)
     assert 5390 < installed.elements("break_glass")["tcp"] <= 5400
+    opened(host, "close")
+
+
+@pytest.mark.parametrize("loader", ["mailfw-rules", "mailfw-open"])
+@pytest.mark.parametrize(
+    ("written", "longest"),
+    [(-7200, 7200), (-63_000_000, 604_800), (5, 0)],
+    ids=["opened for 2h", "for years", "after its end"],
+)
+def test_a_clock_far_behind_keeps_nothing_open_for_long(
+    installed: Firewall, host: Host, loader: str, written: int, longest: int
+) -> None:
+    """As at boot on a host whose clock needs NTP; ``written``: seconds from the end at which the opening began."""
+    ends = int(time.time()) + 63_000_000
+    host.call(breakglass.STATE.write_text, f"{ends} locked out\n")
+    host.call(os.utime, breakglass.STATE, (ends + written, ends + written))
+    if loader == "mailfw-rules":
+        flush(installed)
+        done = host.run("/usr/lib/mailfw/mailfw-rules", "load")
+    else:
+        done = host.run("/usr/lib/mailfw/mailfw-open", "resume")
+    assert installed.elements("break_glass").get("tcp", 0) == pytest.approx(longest, abs=60 * bool(longest))
+    assert f"{breakglass.STATE}: until {ends} is too long from now" in done.stderr
     opened(host, "close")
