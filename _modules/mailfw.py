@@ -108,10 +108,23 @@ def settings():
 
 
 def _pillar_settings():
+    if "mailfw" not in __pillar__ and _had_pillar():
+        raise CommandExecutionError(
+            "mailfw: this minion's pillar has no such key any more, so nothing was changed: look for it under the "
+            "minion's present name and pillarenv; write `mailfw: {}` if the defaults are meant"
+        )
     try:
         return schema.resolve(__pillar__.get("mailfw"))
     except schema.SettingsError as err:
         raise CommandExecutionError(f"the mailfw pillar of this minion is not valid:\n{err}") from err
+
+
+def _had_pillar():
+    """Return whether the pillar had the key ``mailfw`` at the last state.apply; so it had where that cannot be told."""
+    try:
+        return os.path.exists(SETTINGS) and _host_settings()["host"].get("from_pillar", True)
+    except (ValueError, LookupError):
+        return True
 
 
 def _host_settings():
@@ -186,7 +199,7 @@ def apply_(files=None, test=False):
     except OSError as err:
         raise CommandExecutionError(f"the rules cannot be written, and those from before stay: {err}") from err
     if diff:
-        _end_blocked(_pillar_settings())
+        _end_blocked(_host_settings() if files is None else _pillar_settings())
     return {"diff": diff, "files": stale}
 
 
@@ -264,6 +277,7 @@ def save_settings(login_users=("dovecot",), test=False):
     configuration = os.path.dirname(__opts__["conf_file"])
     wanted["host"] = {
         "id": __opts__["id"],
+        "from_pillar": "mailfw" in __pillar__,
         "login_users": list(login_users),
         "salt_helper": [sys.executable, SALT_HELPER, configuration],
         "report_secret": report_secret() or secrets.token_hex(32),

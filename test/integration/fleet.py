@@ -221,7 +221,10 @@ class Fleet:
 
     def write_pillar(self, name: str, **mailfw: Any) -> None:
         """Write a minion's pillar: the fleet's key, and ``mailfw`` keys."""
-        pillar = {"mailfw": {"fleet": {"keys": [self.key]}, **mailfw}}
+        self.write_whole_pillar(name, {"mailfw": {"fleet": {"keys": [self.key]}, **mailfw}})
+
+    def write_whole_pillar(self, name: str, pillar: dict[str, Any]) -> None:
+        """Write a minion's pillar, or what is left of it."""
         (self._pillar / f"{name}.sls").write_text(json.dumps(pillar))
 
     def configure_master(self, *arguments: str) -> Applied:

@@ -61,6 +61,34 @@ def test_a_wrong_pillar_leaves_the_running_ruleset_and_its_settings(fleet: Fleet
         assert mx1.host.path("/etc/mailfw/settings.json").read_text() == settings
 
 
+def test_a_lost_pillar_opens_nothing(fleet: Fleet, mx1: MailHost) -> None:
+    """A minion with a new name, or in another pillarenv, matches nothing in the pillar's top file any more."""
+    blocked = {"networks_ipv4": ["192.0.2.0/24"]}
+    with fleet.pillar(mx1, protection={"type": "private"}, blocked=blocked):
+        assert not fleet.apply(mx1).failed
+        before = mx1.host.ruleset()
+        settings = mx1.host.path("/etc/mailfw/settings.json").read_text()
+        fleet.write_whole_pillar("mx1", {})
+        for test in (True, False):
+            applied = fleet.apply(mx1, test=test)
+            said = applied.failed["mailfw settings are valid"]
+            assert said.startswith("mailfw: this minion's pillar has no such key any more, so nothing was changed")
+            assert "write `mailfw: {}` if the defaults are meant" in said
+            assert not applied.changed
+        assert mx1.host.ruleset() == before
+        assert mx1.host.path("/etc/mailfw/settings.json").read_text() == settings
+        assert fleet.call(mx1, "mailfw.render").startswith("ERROR: mailfw: this minion's pillar has no such key")
+        # What needs no pillar goes on.
+        mx1.host.nft("flush", "set", "inet", "mailfw", "blocked_networks_ipv4")
+        fleet.call(mx1, "mailfw.apply")
+        assert mx1.host.ruleset() == before
+
+        for defaults in ({}, None):
+            fleet.write_whole_pillar("mx1", {"mailfw": defaults})
+            assert not fleet.apply(mx1).failed
+            assert "587 : goto postfix_autoban" in mx1.host.nft("list", "map", "inet", "mailfw", "services")
+
+
 def test_the_fleets_trust_follows_each_hosts_own_pillar(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
     address, refused = fleet.new_address(), fleet.new_address()
     with fleet.pillar(mx2, trusted={"period": "2h", "never": [refused]}, roles=["postfix"]):

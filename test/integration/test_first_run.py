@@ -38,6 +38,14 @@ def test_one_run_brings_everything_and_a_second_finds_nothing_to_do(fleet: Fleet
     assert not second.changed
 
 
+def test_a_host_whose_pillar_never_said_anything_has_the_defaults(fleet: Fleet, newcomer: MailHost) -> None:
+    fleet.write_whole_pillar(newcomer.name, {})
+    assert not fleet.apply(newcomer).failed
+    second = fleet.apply(newcomer)
+    assert not second.failed
+    assert not second.changed
+
+
 def test_a_test_run_says_what_it_cannot_know_and_leaves_nothing(fleet: Fleet, newcomer: MailHost) -> None:
     applied = fleet.apply(newcomer, test=True)
     assert not applied.failed
