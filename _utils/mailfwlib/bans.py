@@ -80,17 +80,21 @@ class Bans:
         if count is None or (table, count) == self._counted:
             return []
         seen = self._seen()
-        found = [Ban(*key, until) for key, until in seen.items() if until > self._known.get(key, 0.0) + _ROUNDING]
+        new = {key: ends for key, ends in seen.items() if ends > self._known.get(key, 0.0) + _ROUNDING}
+        found = [Ban(*key, time.time() + ends - time.monotonic()) for key, ends in new.items()]
         self._counted, self._known = (table, count), seen
         return found
 
     def _seen(self) -> dict[tuple[str, str, str], float]:
-        """Return the bans that there are now: role, of what, address -> until when. Operators' have a comment."""
-        now, seen = time.time(), {}
+        """Return the bans that there are now: role, of what, address -> until when. Operators' have a comment.
+
+        Until when by the monotonic clock: a step of the other one makes no ban new.
+        """
+        seen = {}
         for name in self._kernel.sets():
             match = _BANNED.fullmatch(name)
             for one in self._kernel.elements(name) if match else ():
                 if match and not one.note and one.left is not None:
                     of = "network" if match[1] else "source"
-                    seen[match[2], of, one.value] = now + one.left
+                    seen[match[2], of, one.value] = time.monotonic() + one.left
         return seen

@@ -131,6 +131,19 @@ def test_ban_in_a_table_that_is_new_is_told(host: Host, loaded: Firewall, alice:
     assert [one.address for one in host.call(bans._new)] == [mallory.ipv4[0]]
 
 
+def test_a_step_of_the_clock_makes_no_ban_news(
+    host: Host, loaded: Firewall, alice: Client, mallory: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bans, clock = host.call(Bans, print), time.time
+    exceed(alice, alice.ipv4[0])
+    assert [one.address for one in host.call(bans._new)] == [alice.ipv4[0]]
+    exceed(mallory, mallory.ipv4[0])
+    monkeypatch.setattr(time, "time", lambda: clock() + 86400)
+    (told,) = host.call(bans._new)
+    assert told.address == mallory.ipv4[0]
+    assert told.until == pytest.approx(clock() + 86400 + 3600, abs=10)
+
+
 def test_trust_is_told_when_it_is_news(agent: Agent, journal: SystemJournal, family: str) -> None:
     source, other = {"ipv4": ("192.0.2.1", "192.0.2.2"), "ipv6": ("2001:db8:1::1", "2001:db8:2::1")}[family]
     names = [source, other] if family == "ipv4" else ["2001:db8:1::/64", "2001:db8:2::/64"]
