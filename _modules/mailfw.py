@@ -1068,7 +1068,7 @@ def opening():
 
         salt mx1 mailfw.opening
     """
-    return breakglass.sentence(time.time())
+    return _kernel(lambda kernel: breakglass.sentence(time.time(), kernel), "the rules")
 
 
 def status():

@@ -7,12 +7,19 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from mailfwlib import nft, parse
+from mailfwlib import netlink, nft, parse
 
 TOOL = "/usr/sbin/mailfw-open"
 #: Written by mailfw-open: when it ends, in Unix time, and why.
 STATE = Path("/var/lib/mailfw/open")
-SET = "break_glass"
+#: Everything is open while this element is in this set: IPPROTO_TCP.
+SET, KEY = "break_glass", b"\x06"
+#: Until when an opening lasts that somebody has made by hand, without an end: 9999-12-31.
+NEVER = 253402214400
+#: Ends of the same opening, by the clock and by the kernel's timer, differ by less: seconds.
+ALIKE = 60
+#: The reason of an opening that is not written down.
+UNKNOWN = "why is not written down, so it lasts neither over a reboot nor over a repair of the rules"
 #: What mailfw-open takes at most: seconds, and bytes of a reason.
 LONGEST = 7 * parse.DURATION_UNITS["d"]
 LONGEST_REASON = 200
@@ -27,19 +34,32 @@ class Opening(NamedTuple):
     reason: str
 
 
-def opening(now: float) -> Optional[Opening]:
-    """Return the opening that is in force, None when there is none."""
+def opening(now: float, kernel: netlink.Kernel) -> Optional[Opening]:
+    """Return the opening that is in force, None when there is none. Raises OSError when the kernel does not answer.
+
+    It is open while the kernel says so. The file, which a full disk may lack, says why and to the second until when.
+    """
+    found = kernel.element(SET, KEY)
+    if not found:
+        return None
+    ends, file = NEVER if found.left is None else round(now + found.left), _written()
+    if not file:
+        return Opening(ends, UNKNOWN)
+    return file if abs(file.ends - ends) < ALIKE else Opening(ends, file.reason)
+
+
+def _written() -> Optional[Opening]:
+    """Return what mailfw-open has written down, None when it has not."""
     try:
         ends, _, reason = STATE.read_text(encoding="utf-8", errors="replace").strip().partition(" ")
-        found = Opening(int(ends[:12]), reason)
+        return Opening(int(ends[:12]), reason)
     except (OSError, ValueError):
         return None
-    return found if found.ends > now else None
 
 
-def sentence(now: float) -> str:
-    """Return what to tell people of the opening that is in force, an empty string when there is none."""
-    found = opening(now)
+def sentence(now: float, kernel: netlink.Kernel) -> str:
+    """Return what to tell people of the opening that is in force, empty when there is none. Raises OSError."""
+    found = opening(now, kernel)
     if not found:
         return ""
     until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.ends))
@@ -62,8 +82,8 @@ def arguments(period: Any, reason: Any) -> tuple[str, str]:
 
 def resumed(now: float) -> str:
     """Return the nft script that opens a fresh table again, for the time that is left."""
-    found = opening(now)
-    if not found:
+    found = _written()
+    if not found or found.ends <= now:
         return ""
     left, longest = found.ends - now, _longest(found)
     if left > longest:  # At boot the clock may be years behind.

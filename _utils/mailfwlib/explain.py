@@ -17,8 +17,6 @@ from mailfwlib.parse import Address
 from mailfwlib.settings import ROLES, Settings, login_ports
 
 ACCEPTED, LIMITED, REFUSED = "accepted", "limited", "refused"
-#: The key of the set break_glass: IPPROTO_TCP.
-_TCP = b"\x06"
 _NETWORK_SETS = ("trusted", "blocked", "exempt")
 
 
@@ -40,7 +38,8 @@ class Standing:
     enforcing: bool
     #: Why the address is never restricted, when it is this host's own.
     own: str
-    open: Optional[Entry]
+    #: Until when and why everyone may connect; empty when that is not so.
+    open: str
     #: The kinds of pillar's networks that it is in: trusted, blocked, exempt.
     networks: frozenset[str]
     blocked: Optional[Entry]
@@ -75,7 +74,7 @@ class _Look:
 
     def entry(self, name: str, key: bytes) -> Optional[Entry]:
         """Return the entry of a key in a set without the family in its name, None when there is none."""
-        full = name if name == breakglass.SET else f"{name}_{self._family}"
+        full = f"{name}_{self._family}"
         found = self._kernel.element(full, key)
         if found is None:
             return None
@@ -110,7 +109,7 @@ def standing(address: Address, settings: Settings, kernel: netlink.Kernel) -> St
         loaded=kernel.has(breakglass.SET),
         enforcing=not kernel.has(f"observed_{family}"),
         own="is loopback" if address.is_loopback else sockets.own_address(address),
-        open=look.entry(breakglass.SET, _TCP),
+        open=breakglass.sentence(at, kernel),
         networks=frozenset(
             kind for kind in _NETWORK_SETS if kernel.element(f"{kind}_networks_{family}", netlink.key(address))
         ),
@@ -140,8 +139,7 @@ def _unrestricted(service: dict[str, Any], found: Standing) -> Optional[Verdict]
     if found.own:
         return Verdict(ACCEPTED, f"the address {found.own}, and a host is open to itself", "chain input")
     if found.open:
-        why = breakglass.sentence(found.at) or f"open for everyone {_time(found.open, found.at)}"
-        return Verdict(ACCEPTED, why, f"set {breakglass.SET}")
+        return Verdict(ACCEPTED, found.open, f"set {breakglass.SET}")
     if not service["login"]:
         return Verdict(ACCEPTED, "mail between servers is always open", "map services")
     if not found.chains[service["port"]]:

@@ -130,7 +130,7 @@ def refused(kernel: netlink.Kernel, familiar: Familiar, settings: Settings, now:
 
     Lists the sets of banned, blocked and waiting sources: for a timer. Raises OSError when no rules are loaded.
     """
-    if breakglass.opening(now):
+    if breakglass.opening(now, kernel):
         return set()
     # The lists are read to their ends first: the kernel answers one question at a time.
     candidates = [one for family in FAMILIES for one in _candidates(kernel, familiar, settings, family)]

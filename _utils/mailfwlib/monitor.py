@@ -79,7 +79,7 @@ class Monitor:
             for sentence in self._watch.look(found, settings["enforce"], now):
                 log.warning("%s", sentence)
         levels = self._levels()
-        self._tell_news(settings["host"]["id"], levels, breakglass.opening(now))
+        self._tell_news(settings["host"]["id"], levels, breakglass.opening(now, self._kernel))
         if settings.get("metrics"):
             self._write(Path(settings["metrics"]["directory"]), self._facts(settings, levels, now))
 
@@ -93,10 +93,10 @@ class Monitor:
         for name in sorted(full - self._full):
             self._tell("mailfw/full", {"host": host, "set": name, "size": levels[name].size})
         self._full = full
-        if opening != self._opening:
-            ends, reason = opening or (0, "")
+        (ends, reason), (ended, why) = opening or (0, ""), self._opening or (0, "")
+        if abs(ends - ended) >= breakglass.ALIKE or reason != why:
             self._tell("mailfw/open", {"host": host, "until": ends, "reason": reason})
-        self._opening = opening
+            self._opening = opening
 
     def _facts(self, settings: Settings, levels: dict[str, netlink.Level], now: float) -> metrics.Facts:
         agent, record = self._status(), ruleset.loaded()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mailfwlib import breakglass, files, keeper, nft, ruleset, snapshot
+from mailfwlib import breakglass, files, keeper, netlink, nft, ruleset, snapshot
 from support.agent import KEY, Agent
 from support.firewall import Firewall
 from support.net import Client, Host, until
@@ -492,6 +493,31 @@ def test_way_out_takes_a_reason_as_it_is(installed: Firewall, host: Host) -> Non
     assert not host.call(Path("/run/x").exists)
     assert 5390 < installed.elements("break_glass")["tcp"] <= 5400
     opened(host, "close")
+
+
+def test_way_out_on_a_full_disk(installed: Firewall, host: Host, mallory: Client) -> None:
+    """It opens all the same, and says that only the kernel knows of it."""
+    directory = str(breakglass.STATE.parent)
+    host.run("mount", "-t", "tmpfs", "-o", "size=64k", "disk", directory)
+    opened(host, "2h", "of yesterday")
+    host.run("sh", "-c", f"cat /dev/zero >{directory}/filler || true")
+    said = opened(host, "1h", "locked out")
+    assert "but not over a reboot or a repair (cat: write error: No space left on device): locked out" in said
+    assert mallory.connect(587, mallory.ipv4[0]) == "open"
+    found = host.call(lambda: breakglass.opening(time.time(), netlink.Kernel()))
+    assert found
+    assert found.ends == pytest.approx(time.time() + 3600, abs=10)
+    assert found.reason == breakglass.UNKNOWN
+    assert re.fullmatch(f"open for everyone for another (59m\\d+s|1h): {breakglass.UNKNOWN}\n", opened(host))
+    host.run("umount", directory)
+    opened(host, "close")
+    assert host.call(lambda: breakglass.sentence(time.time(), netlink.Kernel())) == ""
+
+
+def test_way_out_says_that_there_are_no_rules(host: Host) -> None:
+    done = host.run("/usr/lib/mailfw/mailfw-open", check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("mailfw-open: no rules can be read (systemctl status mailfw): Error: No such file")
 
 
 @pytest.mark.parametrize("loader", ["mailfw-rules", "mailfw-open"])

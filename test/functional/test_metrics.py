@@ -30,6 +30,7 @@ PILLAR: dict[str, Any] = {
     "fleet": {"keys": [KEY]},
     "metrics": {"interval": "1s"},
 }
+WAY_OUT = "/usr/lib/mailfw/mailfw-open"
 #: How the clients' addresses are remembered.
 KNOWN = {"ipv4": "198.51.100.10", "ipv6": "2001:db8:a::"}
 
@@ -128,9 +129,9 @@ def test_what_is_written_is_what_the_table_of_metrics_says(agent: Agent, loaded:
 def test_rules_that_are_gone_or_open_are_told(agent: Agent, loaded: Firewall, host: Host) -> None:
     loaded.run("flush chain inet mailfw guarded")
     assert figures_after(host, time.time())["mailfw_rules_altered"] == 1
-    host.call(breakglass.STATE.write_text, f"{int(time.time()) + 3600} locked out\n")
+    host.run(WAY_OUT, "1h", "locked out")
     found = figures_after(host, time.time())
-    host.call(breakglass.STATE.unlink)
+    host.run(WAY_OUT, "close")
     assert found["mailfw_open_for_everyone"] == 1
     assert found["mailfw_open_until_timestamp_seconds"] == pytest.approx(time.time() + 3600, abs=60)
     host.call(ruleset.LOADED.unlink)
@@ -264,9 +265,9 @@ def test_who_is_let_in_after_all_is_not_refused(
     firewall.ban(source)
     assert people.refused() == {}
     firewall.untrust(source)
-    host.call(breakglass.STATE.write_text, f"{int(time.time()) + 3600} locked out\n")
+    host.run(WAY_OUT, "1h", "locked out")
     assert people.refused() == {}
-    host.call(breakglass.STATE.unlink)
+    host.run(WAY_OUT, "close")
     assert people.refused() == banned
     for pillar in ({"trusted": {f"networks_{family}": [network]}}, {"protection": {"type": "public"}}):
         firewall.load(**{**PILLAR, **pillar})
@@ -360,13 +361,18 @@ def told(agent: Agent, tag: str) -> list[dict[str, Any]]:
 
 
 def test_an_opening_is_told_when_it_begins_and_when_it_ends(agent: Agent, host: Host) -> None:
-    ends = int(time.time()) + 3600
-    host.call(breakglass.STATE.write_text, f"{ends} locked out\n")
+    host.run(WAY_OUT, "1h", "locked out")
+    ends = int(host.call(breakglass.STATE.read_text).split()[0])
     begun = {"host": HOST_ID, "until": ends, "reason": "locked out"}
     until(lambda: told(agent, "mailfw/open") == [begun], "the opening was told")
-    host.call(breakglass.STATE.unlink)
+    host.call(breakglass.STATE.unlink)  # As on a full disk.
+    figures_after(host, time.time() + 3)
+    assert figures(host)["mailfw_open_for_everyone"] == 1
+    unknown = {**begun, "until": pytest.approx(ends, abs=1), "reason": breakglass.UNKNOWN}
+    assert told(agent, "mailfw/open") == [begun, unknown]
+    host.run(WAY_OUT, "close")
     ended = {"host": HOST_ID, "until": 0, "reason": ""}
-    until(lambda: told(agent, "mailfw/open") == [begun, ended], "its end was told")
+    until(lambda: told(agent, "mailfw/open") == [begun, unknown, ended], "its end was told")
 
 
 def test_a_full_set_is_told_once(firewall: Firewall, host: Host, textfiles: Path, tmp_path: Path) -> None:

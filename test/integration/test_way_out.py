@@ -95,6 +95,21 @@ def test_hosts_that_do_not_answer_are_named_and_open_when_they_can(fleet: Fleet,
     wait_for("mx2 to open", lambda: seconds_open(mx2) > 3500)
 
 
+def test_a_host_with_a_full_disk_is_open_and_says_so(fleet: Fleet, mx1: MailHost) -> None:
+    mx1.host.run("mount", "-t", "tmpfs", "-o", "size=4k", "disk", "/var/lib/mailfw")
+    mx1.host.run("sh", "-c", "cat /dev/zero >/var/lib/mailfw/filler || true")
+    try:
+        status, said = fleet.salt_run(*PATIENTLY, "mailfw.open", "1h", "ticket 17")
+        assert (status, said["hosts"].keys()) == (0, {"mx1", "mx2"})
+        assert "but not over a reboot or a repair (" in said["hosts"]["mx1"]
+        is_open = fleet.call(mx1, "mailfw.opening")
+        assert is_open.startswith("open for everyone until ")
+        assert is_open in fleet.call(mx1, "mailfw.status")["warnings"]
+    finally:
+        mx1.host.run("umount", "--lazy", "/var/lib/mailfw")
+    assert seconds_open(mx1) > 3500
+
+
 def test_a_host_without_the_tool_says_what_to_do(fleet: Fleet, mx1: MailHost) -> None:
     tool = mx1.host.path("/usr/sbin/mailfw-open")
     away = tool.rename(tool.with_name("away"))
