@@ -184,7 +184,7 @@ class Wires:
                 self.servers[-1].serve(directory / str(number), core)
             with open(f"/run/netns/{self.client}", "rb") as there:
                 _system_call("setns", there.fileno(), CLONE_NEWNET)
-            until(lambda: all(server.serves() for server in self.servers), "the mail servers answer", 30)
+            until(lambda: all(server.serves() for server in self.servers), "the mail servers answer")
         except BaseException:
             self.close()
             raise

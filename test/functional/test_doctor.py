@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,13 @@ class Patient:
 def patient(host: Host, firewall: Firewall, alice: Client, tmp_path: Path) -> Iterator[Patient]:
     """A host where all is well."""
     firewall.load(**PILLAR)
-    agent = Agent(host, tmp_path, PILLAR)
-    host.run("chgrp", "nogroup", client.SOCKET)
-    host.run("chmod", "660", client.SOCKET)
-    made = Patient(host, firewall, agent)
-    made.load(PILLAR)
-    agent.status()
-    yield made
-    agent.close()
+    with closing(Agent(host, tmp_path, PILLAR)) as agent:
+        host.run("chgrp", "nogroup", client.SOCKET)
+        host.run("chmod", "660", client.SOCKET)
+        made = Patient(host, firewall, agent)
+        made.load(PILLAR)
+        agent.status()
+        yield made
     host.run("sh", "-c", f"rm -f {ruleset.RULES}/*")
 
 

@@ -374,10 +374,9 @@ def fill(disk: Path, room: int) -> None:
 
 @pytest.fixture
 def agent(site: Site, host: Host, tmp_path: Path) -> Iterator[Agent]:
-    made = Agent(host, tmp_path, OLD)
-    until(lambda: made.status()["last_snapshot"], "the first snapshot")
-    yield made
-    made.close()
+    with contextlib.closing(Agent(host, tmp_path, OLD)) as made:
+        until(lambda: made.status()["last_snapshot"], "the first snapshot")
+        yield made
 
 
 @pytest.mark.parametrize("disk", [RULES, RUN], indirect=True, ids=str)

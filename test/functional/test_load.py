@@ -16,18 +16,18 @@ from typing import Any
 
 import pytest
 
-from functional.test_keeping import DAMAGE, SOON
+from functional.test_keeping import DAMAGE
 from functional.test_modes import PORTS, TRUSTED_ONLY
 from mailfwlib import elements, netlink, parse, ruleset, settings
 from support.agent import KEY, Agent
 from support.firewall import Firewall, rule_files
 from support.load import Load, Record
-from support.net import FAMILIES, LIMIT, Client, Host, until
+from support.net import FAMILIES, Client, Host, until
 
 #: New connections a second that are asked for, of both clients together, and that there must have been at least.
 RATE, ENOUGH = 200, 150
-#: Seconds from one answer of a session to its next one, at most.
-STALLED = 2.0
+#: Seconds from one answer of a session to its next one, at most, however slow the machine is.
+STALLED = 10.0
 #: Seconds between two logins of each of two users, who connect again and again meanwhile.
 PAUSE = 0.1
 #: Seconds that a race of appliers takes at most.
@@ -118,8 +118,8 @@ def stalled(load: Load, begin: float, end: float) -> list[str]:
     for (source, own_port), lines in load.sessions().items():
         times = [begin, *(one.ended for one in lines if begin <= one.ended <= end), end]
         name = f"session of {source}:{own_port} to {lines[0].port}"
-        if lines[-1].outcome != "answered":
-            found.append(f"{name}: {lines[-1].outcome} {lines[-1].ended - begin:.2f} s after the beginning")
+        for one in others("answered", [one for one in lines if one.ended >= begin and one.began <= end]):
+            found.append(f"{name}: {one.outcome} {one.ended - begin:.2f} s after the beginning")
         longest, at = max((after - before, before) for before, after in zip(times, times[1:]))
         if longest > STALLED:
             found.append(f"{name}: no answer for {longest:.2f} s, {at - begin:.2f} s after the beginning")
@@ -231,8 +231,6 @@ def test_logins_while_appliers_race_are_trusted_at_once_and_stay(
 ) -> None:
     plans = changed_again_and_again(("private", "protected"))
     install(firewall, host, pillar("private"))
-    agent = Agent(host, tmp_path, pillar("protected"))
-    until(lambda: agent.status()["last_snapshot"], "the first snapshot", LIMIT)
     found: dict[str, set[str]] = {}
 
     def log_in(number: int, racers: list[Future[Any]]) -> None:
@@ -245,7 +243,8 @@ def test_logins_while_appliers_race_are_trusted_at_once_and_stay(
             while time.monotonic() < until_next:
                 found[source].add(alice.connect(587, source))
 
-    try:
+    with closing(Agent(host, tmp_path, pillar("protected"))) as agent:
+        until(lambda: agent.status()["last_snapshot"], "the first snapshot")
         begin = time.monotonic()
         racers = race(host, plans, 8)
         with ThreadPoolExecutor() as users:
@@ -256,8 +255,6 @@ def test_logins_while_appliers_race_are_trusted_at_once_and_stay(
             one.result()
         lost = not_trusted(firewall, found)
         heals = agent.status()["heals"]
-    finally:
-        agent.close()
     refused = {source: results for source, results in found.items() if results != {"open"}}
     print(f"{end - begin:.1f} s, {len(found)} logins, of which {len(refused)} were refused and {len(lost)} lost")
     assert len(found) > 40
@@ -281,8 +278,6 @@ def not_trusted(firewall: Firewall, sources: Iterable[str]) -> list[str]:
 DELETED_RULE = "rule"
 #: Who logs in after the snapshot.
 LATE = {"ipv4": "192.0.2.77", "ipv6": "2001:db8:77::1"}
-#: A connection that began so many seconds before the damage had been decided on by then.
-UNDER_WAY = 0.3
 
 
 def strike(firewall: Firewall, damage: str) -> None:
@@ -312,13 +307,15 @@ def test_damage_is_repaired_while_everybody_goes_on(
     ):
         install(firewall, host, few_at_once)
         with closing(Agent(host, tmp_path, few_at_once)) as agent:
-            until(lambda: agent.status()["last_snapshot"], "the first snapshot", LIMIT)
+            until(lambda: agent.status()["last_snapshot"], "the first snapshot")
             for late in LATE.values():
                 agent.login(late)
             begin = healed = time.monotonic()
             for heals, damage in enumerate([*DAMAGE, DELETED_RULE, None], start=1):
-                wait_for_connections([alices, mallorys], healed)
-                peace.append((healed, time.monotonic() - UNDER_WAY))
+                wait_for_connections([alices, mallorys], healed, more_than=70)
+                peace.append((healed, time.monotonic()))
+                # What began before these has been decided on: a load's first packets go out in order.
+                wait_for_connections([alices, mallorys], peace[-1][1])
                 assert firewall.counter("counted") == 0, f"before {damage}"
                 if damage is None:
                     break
@@ -342,12 +339,15 @@ def repaired(firewall: Firewall, agent: Agent, damage: str, heals: int) -> float
     """Damage the rules; return when the agent has repaired them, and those that logged in last are trusted again."""
     struck = time.monotonic()
     strike(firewall, damage)
-    until(lambda: agent.status()["heals"] == heals, f"{damage}: repaired", SOON)
+    until(lambda: agent.status()["heals"] == heals, f"{damage}: repaired")
     healed = time.monotonic()
     print(f"{damage}: repaired after {healed - struck:.2f} s")
-    until(lambda: not not_trusted(firewall, LATE.values()), f"{damage}: the last logins are trusted again", SOON)
+    until(lambda: not not_trusted(firewall, LATE.values()), f"{damage}: the last logins are trusted again")
     return healed
 
 
-def wait_for_connections(loads: list[Load], since: float) -> None:
-    until(lambda: all(len(one.connections(since, time.monotonic())) > 70 for one in loads), "70 connections of each")
+def wait_for_connections(loads: list[Load], since: float, more_than: int = 0) -> None:
+    until(
+        lambda: all(len(one.connections(since, time.monotonic())) > more_than for one in loads),
+        f"more than {more_than} connections of each",
+    )

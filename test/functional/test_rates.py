@@ -162,7 +162,7 @@ def test_source_that_does_not_stop_gets_the_rate(firewall: Firewall, net: Net, m
     load(firewall, "120/minute", burst=1)
     source = Source(net, firewall, family, "120/minute", burst=1)
     assert source.attempt()
-    watch(source, lambda: until(source.attempt, "the next one passes", seconds=10), passes=1, refusals=2)
+    watch(source, lambda: until(source.attempt, "the next one passes"), passes=1, refusals=2)
 
 
 def test_ban_spends_nothing(firewall: Firewall, net: Net, alice: Client, family: str) -> None:

@@ -19,7 +19,7 @@ class Record(NamedTuple):
 
     ``began`` and ``ended`` are times of the monotonic clock. Outcome of a connection: ``served``, with the greeting;
     ``late``, the same after a packet that was ignored; ``refused``, ``reset``, ``silent``. Of a line: ``answered``,
-    ``reset``, ``silent``. Else it is the error that the client had.
+    ``late``, ``reset``, ``silent``. Else it is the error that the client had.
     """
 
     kind: str
@@ -54,7 +54,7 @@ class Load:
         plan = {"knocks": _targets(knocks), "rate": rate, "sessions": _targets(sessions)}
         self._process.stdin.write(json.dumps(plan).encode() + b"\n")
         self._process.stdin.flush()
-        until(lambda: len(self.sessions()) == len(sessions), "all sessions talk", LIMIT)
+        until(lambda: len(self.sessions()) == len(sessions), "all sessions talk")
 
     def records(self) -> list[Record]:
         """Return what has happened until now."""

@@ -19,7 +19,7 @@ from collections.abc import Awaitable
 from typing import Any
 
 #: Seconds to wait for a greeting or an answer, and between two lines of a session.
-PATIENCE, PAUSE = 3.0, 0.1
+PATIENCE, PAUSE = 10.0, 0.1
 _TOTAL_RETRANSMITS = 100  # offset of tcpi_total_retrans: <linux/tcp.h>
 
 Target = tuple[str, str, int]
@@ -39,7 +39,9 @@ async def knock(target: Target) -> None:
         reader, writer = await connect(target)
         own_port = writer.get_extra_info("sockname")[1]
         try:
-            return _served(writer) if await reader.readline() else "reset"
+            if not await reader.readline():
+                return "reset"
+            return "late" if _sent_again(writer) else "served"
         finally:
             writer.close()
 
@@ -47,24 +49,27 @@ async def knock(target: Target) -> None:
     report("connection", target, own_port, began, outcome)
 
 
-def _served(writer: asyncio.StreamWriter) -> str:
-    """Return ``late`` if the client had to send anything twice: a packet of it was ignored."""
+def _sent_again(writer: asyncio.StreamWriter) -> int:
+    """Return how many packets of the client were sent again on a connection, as when one is ignored."""
     info = writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
-    return "late" if struct.unpack_from("I", info, _TOTAL_RETRANSMITS)[0] else "served"
+    return struct.unpack_from("I", info, _TOTAL_RETRANSMITS)[0]
 
 
 async def talk(target: Target) -> None:
-    """Open a session and send a line again and again, until one has no answer."""
+    """Open a session and send a line again and again, until one has no answer, however late."""
     reader, writer = await connect(target)
     await reader.readline()
     own_port, outcome = writer.get_extra_info("sockname")[1], "answered"
 
     async def answered() -> str:
+        before = _sent_again(writer)
         writer.write(b"noop\r\n")
-        return "answered" if await reader.readline() else "reset"
+        if not await reader.readline():
+            return "reset"
+        return "late" if _sent_again(writer) > before else "answered"
 
     await asyncio.sleep(random.uniform(0, PAUSE))  # not all at once: at any moment some have something under way
-    while outcome == "answered":
+    while outcome in ("answered", "late"):
         began = time.monotonic()
         outcome = await _outcome(answered())
         report("line", target, own_port, began, outcome)

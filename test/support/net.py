@@ -22,7 +22,7 @@ CLONE_FS, CLONE_NEWNS, CLONE_NEWNET = 0x200, 0x20000, 0x40000000  # <linux/sched
 FAMILIES = ("ipv4", "ipv6")
 #: A probe without an answer for this many seconds has found a closed port that says nothing.
 PATIENCE = 0.5
-#: No call into a namespace takes longer than this many seconds.
+#: A call into a namespace, and what a test waits for, take no longer than this many seconds.
 LIMIT = 30
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -33,7 +33,7 @@ def _system_call(name: str, *arguments: int) -> None:
         raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 5.0) -> Any:
+def until(condition: Callable[[], Any], what: str, seconds: float = LIMIT) -> Any:
     """Return what a condition returns once that is true; fail when it is not within some seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -51,7 +51,7 @@ class Prometheus:
         self._start(host, "prometheus-node-exporter", f"--web.listen-address={exporter}", *collector)
         storage = f"--storage.tsdb.path={directory / 'tsdb'}"
         self._start(server, "prometheus", f"--web.listen-address={SERVER}", f"--config.file={configuration}", storage)
-        until(lambda: self.query("up == 1"), "Prometheus has asked node_exporter", LIMIT)
+        until(lambda: self.query("up == 1"), "Prometheus has asked node_exporter")
 
     def _start(self, place: Namespace, program: str, *arguments: str) -> None:
         # If the thread that has started it ends, with the test run or without, the process ends as well.
