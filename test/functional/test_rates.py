@@ -14,10 +14,10 @@ from typing import Any, Callable
 
 import pytest
 
-from mailfwlib import nft, parse
+from mailfwlib import netlink, nft, parse
 from support.firewall import Firewall
 from support.mail import MailServer
-from support.net import FAMILIES, Client, Net, until
+from support.net import FAMILIES, LIMIT, Client, Net, until
 
 PORT = 143
 PORTS = [143, 993, 110, 995, 4190]
@@ -55,11 +55,10 @@ class Source:
         """Connect, and be unbanned; return whether it passed. Fails when it should not have, or should have."""
         self.addresses.append(self.addresses.pop(0))
         began = time.monotonic()
-        answer = self._client.connect(PORT, self.addresses[0], 0.1)
-        ended = time.monotonic()
-        counters = until(self._news, "counted")
-        if answer != "open":
-            ended = time.monotonic()
+        connecting = self._client.connecting(PORT, self.addresses[0], 0.1)
+        ended = self._host.call(self._when_counted)
+        connecting.result(LIMIT)
+        counters = self._host.call(nft.counters)
         passed = counters["over_rate"] == self._counters["over_rate"]
         self._counters = counters
         least = min(self._burst, self._least + (began - self._ended) / self.each)
@@ -76,9 +75,11 @@ class Source:
             self.certain.append("passes" if passed else "not")
         return passed
 
-    def _news(self) -> dict[str, int] | None:
-        counters = self._host.call(nft.counters)
-        return counters if counters["counted"] > self._counters["counted"] else None
+    def _when_counted(self) -> float:
+        """Wait until the attempt under way has been counted; return when it had been."""
+        kernel = netlink.Kernel()
+        until(lambda: kernel.counter("counted") > self._counters["counted"], "counted")
+        return time.monotonic()
 
     def spend(self) -> int:
         """Connect until it does not pass; return how often it did."""
@@ -119,10 +120,10 @@ def test_burst_and_then_the_rate(firewall: Firewall, net: Net, mail: MailServer,
         source.wait_for(1)
         assert source.attempt()
         source.attempt()
-        source.wait_for(2)
-        assert source.spend() >= 2
+        source.wait_for(4)  # It is full then: what is known of it is exact again.
+        assert source.spend() >= 4
 
-    watch(source, plan, passes=4 + 3, refusals=2)
+    watch(source, plan, passes=4 + 5, refusals=2)
 
 
 def test_networks_have_a_burst_and_a_rate_too(firewall: Firewall, net: Net, alice: Client, family: str) -> None:
@@ -270,12 +271,17 @@ def test_time_that_is_just_enough(
     firewall.apply(shortened(firewall.script(autoban=autoban, reaction={"banned": "reject"}), seconds))
     source = Source(net, firewall, family, "2/second", burst=4)
     source.spend()
-    source.wait_for(2.6)
+
+    def wait_and_spend(times: int) -> None:
+        for _ in range(times):
+            source.wait_for(2.6)
+            assert source.spend() >= 2
+
     if early:
         with pytest.raises(AssertionError, match=r"^passed, with 0\.\d+ in the bucket"):
-            source.spend()
+            wait_and_spend(times=4)  # again if the machine was too slow to tell
     else:
-        assert source.spend() >= 2
+        wait_and_spend(times=1)
 
 
 def test_roles_have_buckets_of_their_own(firewall: Firewall, alice: Client, family: str) -> None:
