@@ -12,7 +12,7 @@ import pytest
 from support import forge
 from support.firewall import Firewall
 from support.mail import MailServer
-from support.net import PATIENCE, Client, Host, Net, until
+from support.net import PATIENCE, Client, Host, Net, greeting, until
 
 ROLE_PORTS = {"postfix": [587, 465], "dovecot": [143, 993, 110, 995, 4190]}
 OTHER = {"postfix": "dovecot", "dovecot": "postfix"}
@@ -218,10 +218,10 @@ def test_source_port_used_again_is_counted_again(firewall: Firewall, alice: Clie
     source = alice.addresses(family)[0]
     for _ in range(BURST):
         with connect_from_port(alice, source, 20000) as connection:
-            assert connection.recv(100)
+            assert greeting(connection)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # end with a reset
     with connect_from_port(alice, source, 20000) as connection, pytest.raises(TimeoutError):
-        connection.recv(100)
+        greeting(connection)
     assert alice.connect(143, source) == "refused"
 
 
@@ -231,11 +231,11 @@ def test_source_port_used_again_after_a_login_is_not_counted(firewall: Firewall,
     source = alice.addresses(family)[0]
     assert [alice.connect(143, source) for _ in range(BURST)] == ["open"] * BURST
     with connect_from_port(alice, source, 20001) as connection, pytest.raises(TimeoutError):
-        connection.recv(100)
+        greeting(connection)
     counted = firewall.counter("counted")
     firewall.trust(source)
     with connect_from_port(alice, source, 20001) as connection:
-        assert connection.recv(100)
+        assert greeting(connection)
     assert firewall.counter("counted") == counted
 
 

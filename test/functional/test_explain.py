@@ -18,7 +18,7 @@ from mailfwlib.settings import MODES, SERVICES, resolve
 from support.agent import Agent
 from support.firewall import Firewall, render
 from support.mail import MailServer
-from support.net import PATIENCE, Client, Host, until
+from support.net import LIMIT, Client, Host, until
 
 PORTS = {name: service.port for name, service in SERVICES.items()}
 REJECT = {"banned": "reject", "blocked": "reject", "untrusted": "reject"}
@@ -276,7 +276,7 @@ def test_without_rules_everything_is_open(firewall: Firewall, alice: Client, fam
 def test_host_itself(firewall: Firewall, host: Host, mail: MailServer, address: str) -> None:
     firewall.load(protection={"type": "private"}, reaction=REJECT)
     assert said(firewall, address) == dict.fromkeys(PORTS, True)
-    with host.call(socket.create_connection, (address, 587), PATIENCE, (address, 0)) as connection:
+    with host.call(socket.create_connection, (address, 587), LIMIT, (address, 0)) as connection:
         assert connection.recv(100)
 
 

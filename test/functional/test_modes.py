@@ -12,7 +12,7 @@ from mailfwlib import nft, ruleset
 from mailfwlib.settings import MODES, SERVICES, resolve
 from support.firewall import Firewall, render
 from support.mail import MailServer
-from support.net import PATIENCE, Client, Host
+from support.net import LIMIT, PATIENCE, Client, Host
 from unit.rendering import pillars
 
 FAMILY = {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
@@ -117,7 +117,7 @@ def test_other_ports_are_left_alone(firewall: Firewall, host: Host, alice: Clien
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1", Host.ipv4, Host.ipv6])
 def test_host_itself_is_left_alone(firewall: Firewall, host: Host, mail: MailServer, address: str) -> None:
     firewall.load(protection={"type": "private"}, reaction=REJECT)
-    with host.call(socket.create_connection, (address, 587), PATIENCE) as connection:
+    with host.call(socket.create_connection, (address, 587), LIMIT) as connection:
         assert connection.recv(100)
 
 

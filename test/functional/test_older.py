@@ -15,7 +15,7 @@ import pytest
 from mailfwlib import nft, parse, ruleset, sockets
 from support.firewall import Firewall
 from support.mail import MailServer
-from support.net import PATIENCE, Client, Host, Session, until
+from support.net import LIMIT, PATIENCE, Client, Host, Session, greeting, until
 
 BURST = 2
 MANY = 3 * BURST
@@ -40,17 +40,18 @@ def load(firewall: Firewall, mode: str = "autoban", **pillar: Any) -> None:
     firewall.load(protection={"type": mode}, autoban=autoban, **{"reaction": reaction, **pillar})
 
 
-def connected(client: Client, source: str, port: int, own_port: int = 0) -> socket.socket:
+def connected(client: Client, source: str, port: int, own_port: int = 0, patience: float = LIMIT) -> socket.socket:
     """Return a connection, from a port of the client's choice, on which the server has spoken."""
     server = Host.ipv6 if ":" in source else Host.ipv4
 
     def connect() -> socket.socket:
         connection = socket.socket(socket.AF_INET6 if ":" in source else socket.AF_INET)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        connection.settimeout(PATIENCE)
+        connection.settimeout(patience)
         connection.bind((source, own_port))
         connection.connect((server, port))
-        assert connection.recv(1000)
+        assert greeting(connection)
+        connection.settimeout(PATIENCE)
         return connection
 
     return client.call(connect)
@@ -213,7 +214,7 @@ def test_source_port_of_an_older_session_is_counted_when_used_again(
         assert firewall.counter("counted") == count + 1
     abort(connection)
     with pytest.raises(TimeoutError):
-        connected(alice, source, 143, own_port)
+        connected(alice, source, 143, own_port, PATIENCE)
     assert len(firewall.elements(f"banned_dovecot_{family}")) == 1
 
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 
 from mailfwlib.settings import SERVICES
+from support import net
 from support.net import LIMIT, Host
 
 
@@ -18,6 +19,7 @@ class MailServer:
         self._ready = threading.Event()
         self._running = host.start(asyncio.run, self._serve())
         assert self._ready.wait(LIMIT), self._running
+        net.turns.append(self._take_turn)
 
     async def _serve(self) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
@@ -45,7 +47,17 @@ class MailServer:
         """Send a line to a client that has asked for nothing, as IMAP's IDLE does."""
         self._loop.call_soon_threadsafe(self.sessions[name].write, b"* 1 EXISTS\r\n")
 
+    def _take_turn(self) -> None:
+        """Wait until each client that is connected by now has been greeted."""
+
+        async def turn() -> None:
+            for _ in range(10):  # accepting, and the tasks that follow from it
+                await asyncio.sleep(0)
+
+        asyncio.run_coroutine_threadsafe(turn(), self._loop).result(LIMIT)
+
     def close(self) -> None:
         """Stop the servers."""
+        net.turns.remove(self._take_turn)
         self._loop.call_soon_threadsafe(self._stopping.set)
         self._running.result(LIMIT)
