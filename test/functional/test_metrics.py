@@ -149,13 +149,15 @@ def test_nothing_is_written_where_nobody_looks(loaded: Firewall, host: Host, tmp
         assert not host.call(FILE.parent.exists)
         assert "metrics" not in agent.log()
         host.call(FILE.parent.mkdir, parents=True)
-        until(lambda: figures(host), "written")
-        agent.configure({**PILLAR, "metrics": False})
-        agent.ask("status")  # by then it has read them
-        host.call(FILE.unlink)
-        time.sleep(1.5)
-        assert host.call(lambda: list(FILE.parent.iterdir())) == []
-    host.run("rm", "-r", str(FILE.parent))
+        try:
+            until(lambda: figures(host), "written")
+            agent.configure({**PILLAR, "metrics": False})
+            agent.ask("status")  # by then it has read them
+            host.call(FILE.unlink)
+            time.sleep(1.5)
+            assert host.call(lambda: list(FILE.parent.iterdir())) == []
+        finally:
+            host.run("rm", "-r", str(FILE.parent))
 
 
 def test_agent_that_cannot_write_to_a_new_directory_starts_again(loaded: Firewall, host: Host, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -12,7 +13,8 @@ from typing import Any
 
 from mailfwlib import client, journal, messages, settings
 from mailfwlib.parse import address
-from support.net import LIMIT, Host
+from support import steps
+from support.net import LIMIT, Host, until
 
 KEY = "0123456789abcdef0123456789abcdef"
 #: What Dovecot shows when it reports a login.
@@ -95,9 +97,11 @@ class Agent:
             raise
 
     def kill(self) -> None:
-        """End the agent at once; its socket stays."""
-        self._process.kill()
+        """End the agent and what it has started at once, as systemd does; its socket stays."""
+        killed = steps.processes(self.pid) if self.running() else []
+        steps.kill(killed)
         self._process.wait()
+        until(lambda: not any(map(_is_alive, killed)), "they are dead")
 
     def children(self) -> list[Path]:
         """Return the processes that the agent has started, whichever of its threads did: their directories in /proc."""
@@ -166,6 +170,12 @@ class Agent:
     def forget_events(self) -> None:
         """Forget the events that were fired so far."""
         self._events.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())  # empty once it is dead, whether or not it is reaped
+    return False
 
 
 def signed(logins: dict[str, float], sender: str = "mx2.example", key: str = KEY, **options: Any) -> str:

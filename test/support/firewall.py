@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from mailfwlib import elements, explain, netlink, nft, parse, rules, ruleset, settings, snapshot
+from mailfwlib import breakglass, elements, explain, netlink, nft, parse, rules, ruleset, settings, snapshot
 from support.net import REPOSITORY, Host
 
 _templates = jinja2.Environment(
@@ -61,7 +61,7 @@ class Firewall:
     def unload(self) -> None:
         """Remove every table, and what is known of them."""
         self.run("flush ruleset")
-        for path in (ruleset.LOADED, snapshot.PATH):
+        for path in (ruleset.LOADED, ruleset.UNLOADED, snapshot.PATH, breakglass.STATE):
             self._host.call(path.unlink, missing_ok=True)
 
     def run(self, script: str) -> None:
