@@ -95,7 +95,8 @@ class Agent:
         assert self._process
         task = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
         os.kill(int(task.read_text()), signal.SIGTERM)
-        assert self._process.wait(10) == 0, self._log.read_text()
+        # An agent that went on would share its socket with the next one: a busy machine gets all the time it needs.
+        assert self._process.wait(60) == 0, self._log.read_text()
 
     def close(self) -> None:
         """Close the socket and remove it."""
@@ -160,13 +161,25 @@ class MailHost:
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """Have the minion hear and say nothing for a while."""
-        processes = [line.split(maxsplit=1) for line in self.host.run("ps", "-wweo", "pid=,args=").stdout.splitlines()]
-        minion = [pid for pid, command in processes if str(self.minion.config_dir) in command]
-        self.host.run("kill", "-STOP", *minion)
         try:
+            wait_for(f"the minion of {self.name} to be frozen", self._freeze)
             yield
         finally:
-            self.host.run("kill", "-CONT", *minion)
+            self.host.run("kill", "-CONT", *self._minions_processes(), check=False)
+
+    def _freeze(self) -> bool:
+        """Stop the minion's processes; return whether they were already. One that was listed may have ended since."""
+        found = self._minions_processes()
+        running = [pid for pid, state in found.items() if state != "T"]
+        if running:
+            self.host.run("kill", "-STOP", *running, check=False)
+        return bool(found) and not running
+
+    def _minions_processes(self) -> dict[str, str]:
+        """Return the minion's processes: id -> state."""
+        listed = self.host.run("ps", "-wweo", "pid=,state=,args=").stdout.splitlines()
+        processes = [line.split(maxsplit=2) for line in listed]
+        return {pid: state for pid, state, command in processes if str(self.minion.config_dir) in command}
 
 
 class Fleet:
@@ -384,6 +397,14 @@ class Fleet:
         """Return the signed messages that hosts have sent to the master since a moment."""
         found = self.events.get_events({("master", "mailfw/login")}, after_time=moment)
         return [event.data["data"]["message"] for event in found]
+
+    def told_since(self, moment: float, address: str) -> set[float]:
+        """Return the logins from an address that the master was told of since a moment, each once: Unix times.
+
+        A host that has had no echo tells of the same login again; in milliseconds, as its journal has it.
+        """
+        contents = [json.loads(message.partition(" ")[2]) for message in self.announcements_since(moment)]
+        return {round(one["logins"][address], 3) for one in contents if address in one["logins"]}
 
     def new_address(self) -> str:
         """Return a client's address that no test has used."""

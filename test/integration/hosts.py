@@ -20,6 +20,8 @@ from typing import Any, Callable
 CLONE_NEWNET = 0x40000000
 #: Seconds after which something that should happen has not happened.
 LIMIT = 30.0
+#: How often a set is listed at most, where elements come all the time.
+MOST_LISTS = 4
 
 #: What is written below these directories stays in the host; everything else of the machine is shared with it.
 START = """
@@ -89,7 +91,21 @@ class Host:
         return self.run("nft", *arguments).stdout
 
     def elements(self, name: str) -> list[Any]:
-        """Return the elements of one of mailfw's sets, as the kernel has them."""
+        """Return the elements of one of mailfw's sets, as the kernel has them.
+
+        A list may leave some out while others come and go: so many lists as it takes until one has nothing new.
+        """
+        found: dict[str, Any] = {}
+        for _ in range(MOST_LISTS):
+            before = len(found)
+            for element in self._listed(name):
+                value = element["elem"]["val"] if isinstance(element, dict) and "elem" in element else element
+                found.setdefault(json.dumps(value), element)
+            if len(found) == before:
+                break
+        return list(found.values())
+
+    def _listed(self, name: str) -> list[Any]:
         listing = json.loads(self.nft("-j", "list", "set", "inet", "mailfw", name))
         return next(entry["set"] for entry in listing["nftables"] if "set" in entry).get("elem", [])
 
@@ -119,8 +135,10 @@ class Host:
                         found.append(dict(line.split("=", 1) for line in lines))
                 return found
 
-            yield entries
-        path.unlink()
+            try:
+                yield entries
+            finally:
+                path.unlink()
 
     def ruleset(self) -> str:
         """Return the loaded ruleset without elements that come and go; empty when nothing is loaded."""
