@@ -124,7 +124,7 @@ def test_a_host_that_was_off_catches_up(fleet: Fleet, mx1: MailHost, mx2: MailHo
     assert mx2.trusts(address), (said, mx2.agent.status())
     here, there = (host.host.trusted()[address] for host in (mx1, mx2))
     assert here.keys() == there.keys()
-    assert all(abs(here[port] - there[port]) <= 2 for port in here)
+    assert all(abs(here[port] - there[port]) <= 10 for port in here)
 
 
 def test_what_a_host_has_is_no_news(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
@@ -201,7 +201,7 @@ def test_a_host_with_another_key_gets_and_gives_nothing(fleet: Fleet, mx1: MailH
         assert not mx2.trusts(ours)
         assert not mx1.trusts(theirs)
         assert mx2.agent.status()["outbox"] == 1
-        assert mx2.agent.status()["refused"] > 0
+        wait_for("mx2 to refuse a message", lambda: mx2.agent.status()["refused"] > 0)
     # With the fleet's key again, what it could not tell is told.
     assert not fleet.apply(mx2, "caught_up").failed
     wait_until_trusted(theirs, mx1)
@@ -242,7 +242,7 @@ def test_a_restarted_agent_knows_who_is_trusted(fleet: Fleet, mx1: MailHost) -> 
     mx1.agent.login(address)
     assert mx1.agent.status()["outbox"] == 0
     fleet.ran_since(moment)
-    assert sum(address in message for message in fleet.announcements_since(moment)) == 1
+    assert len(fleet.told_since(moment, address)) == 1
 
 
 @pytest.mark.parametrize("kept", ["trust", "block"])
