@@ -157,7 +157,7 @@ def test_what_an_operator_does_is_in_a_snapshot_although_the_first_fails(
         until(lambda: "no snapshot: " in agent.log(), "said")
     finally:
         host.run("umount", str(snapshot.PATH.parent))
-    until(lambda: "203.0.113.1" in host.call(snapshot.PATH.read_text), "it is in there", keeper.PATIENCE + SOON)
+    until(lambda: "203.0.113.1" in host.call(snapshot.PATH.read_text), "it is in there", keeper.SNAPSHOT / 2)
 
 
 @pytest.fixture
