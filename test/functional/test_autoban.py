@@ -91,10 +91,10 @@ def test_ipv6_source_can_be_one_address(firewall: Firewall, alice: Client) -> No
 def test_ban_ends_after_the_period(firewall: Firewall, alice: Client, family: str) -> None:
     load(firewall, {"rate": "60/minute", "period": "2s"})
     source = alice.addresses(family)[0]
+    began = time.monotonic()
     until(lambda: alice.connect(143, source, 0.1) == "refused", "banned")
-    started = time.monotonic()
     until(lambda: alice.connect(143, source) == "open", "open again")
-    assert time.monotonic() - started > 1
+    assert time.monotonic() - began > 1.9, "but for a jiffy"
 
 
 def test_source_below_the_rate_is_never_banned(firewall: Firewall, alice: Client, family: str) -> None:
@@ -103,7 +103,7 @@ def test_source_below_the_rate_is_never_banned(firewall: Firewall, alice: Client
     for _ in range(6):
         assert alice.connect(143, source) == "open"
         time.sleep(0.25)  # the client's pace: a fifth of a second earns one connection
-    exceed(alice, source, burst=1)
+    until(lambda: alice.connect(143, source) == "silent", "above the rate")
 
 
 def test_session_under_way_goes_on_while_its_source_is_banned(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mailfwlib import breakglass, files, keeper, netlink, nft, ruleset, snapshot
-from support.agent import KEY, Agent
+from support.agent import KEY, Agent, snapshots_that_hang
 from support.firewall import Firewall
 from support.net import Client, Host, until
 
@@ -163,13 +163,8 @@ def test_what_an_operator_does_is_in_a_snapshot_although_the_first_fails(
 @pytest.fixture
 def hanging_snapshots(installed: Firewall, host: Host, tmp_path: Path) -> Iterator[None]:
     """The tool does all but snapshots."""
-    real, hanging = tmp_path / "real", tmp_path / "hanging"
-    real.write_bytes(host.call(Path(keeper.TOOL).read_bytes))
-    hanging.write_text(f"#!/bin/sh\n[ $1 = save ] && exec sleep 600\nexec /usr/bin/python3 -IB {real} $1\n")
-    hanging.chmod(0o755)
-    host.run("mount", "--bind", str(hanging), keeper.TOOL)
-    yield
-    host.run("umount", keeper.TOOL)
+    with snapshots_that_hang(host, tmp_path):
+        yield
 
 
 def test_repair_does_not_wait_for_a_snapshot_that_hangs(

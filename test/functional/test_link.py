@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -16,11 +15,14 @@ import pytest
 from mailfwlib import journal, messages
 from support.agent import KEY, Agent
 from support.firewall import Firewall
-from support.net import Host, until
+from support.net import LIMIT, Host, until
+from support.steps import kill
 
 PILLAR: dict[str, Any] = {"protection": {"type": "protected"}, "fleet": {"keys": [KEY]}}
 #: What the agent has the minion's scheduler do, so that the host learns what it has missed.
 CATCH_UP = {"run": "mailfw agent catches up with the fleet"}
+#: Seconds that the next message waits at least for the echo of the one before, and seconds by which that does not wait.
+UNECHOED, AT_ONCE = 2.0, 1.5
 #: Logins that wait at most.
 BOUND = 100_000
 
@@ -82,13 +84,14 @@ def stays(condition: Callable[[], Any], seconds: float) -> bool:
 
 
 def test_the_next_message_waits_for_the_echo_of_the_one_before(agent: Agent) -> None:
+    began = time.monotonic()
     agent.login("203.0.113.1")
     until(lambda: announced(agent), "the first is announced")
     for number in range(2, 6):
         agent.login(f"203.0.113.{number}")
-    assert stays(lambda: len(announced(agent)) == 1, 1.0)
+    assert stays(lambda: len(announced(agent)) == 1 or time.monotonic() - began > UNECHOED, 0.5)
     echo(agent)
-    (_, second) = until(lambda: len(found := announced(agent)) == 2 and found, "the others are announced", 0.5)
+    (_, second) = until(lambda: len(found := announced(agent)) == 2 and found, "the others are announced", AT_ONCE)
     assert len(second.logins) == 4
 
 
@@ -96,13 +99,14 @@ def test_without_an_echo_the_next_message_goes_out_all_the_same(agent: Agent) ->
     agent.login("203.0.113.1")
     until(lambda: announced(agent), "the first is announced")
     agent.login("203.0.113.2")
-    until(lambda: len(announced(agent)) == 2, "the second is announced", 4)
+    until(lambda: len(announced(agent)) == 2, "the second is announced")
+    assert [len(one.logins) for one in announced(agent)] == [1, 1], "not when the first one goes again"
 
 
 def test_after_an_echo_the_next_login_is_announced_at_once(agent: Agent) -> None:
     for number in (1, 2):
         agent.login(f"203.0.113.{number}")
-        until(lambda number=number: len(announced(agent)) == number, "announced at once", 0.5)
+        until(lambda number=number: len(announced(agent)) == number, "announced at once", AT_ONCE)
         echo(agent)
         time.sleep(0.3)  # a quiet period
 
@@ -115,7 +119,7 @@ def test_what_the_master_cannot_hear_waits_until_it_is_back(agent: Agent, firewa
     assert stays(lambda: not agent.events(), 0.7)
     assert agent.status()["outbox"] == 3
     helper.say("up")
-    (message,) = until(lambda: announced(agent), "announced when it is back", 0.5)
+    (message,) = until(lambda: announced(agent), "announced when it is back", AT_ONCE)
     assert len(message.logins) == 3
 
 
@@ -124,7 +128,7 @@ def test_what_went_out_just_before_goes_out_again(agent: Agent, helper: Helper) 
     until(lambda: announced(agent), "announced")
     helper.say("down")
     helper.say("up")
-    (before, after) = until(lambda: len(found := announced(agent)) == 2 and found, "announced again", 0.5)
+    (before, after) = until(lambda: len(found := announced(agent)) == 2 and found, "announced again", AT_ONCE)
     assert before.logins.keys() == after.logins.keys()
     assert before.nonce != after.nonce
 
@@ -135,32 +139,31 @@ def test_a_host_that_can_be_reached_again_asks_for_what_it_has_missed_until_it_h
     """And once more then: the master may have told others in between."""
     helper.say("down")
     helper.say("up")
-    until(lambda: CATCH_UP in agent.events(), "asks at once", 0.5)
+    until(lambda: CATCH_UP in agent.events(), "asks at once", AT_ONCE)
     (hello,) = until(lambda: announced(agent), "says hello")
     assert hello.logins == {}
-    until(lambda: agent.events().count(CATCH_UP) == 2, "asks again", 5)
+    until(lambda: agent.events().count(CATCH_UP) == 2, "asks again")
     assert len(until(lambda: len(found := announced(agent)) == 2 and found, "says hello again")) == 2
     asked = agent.events().count(CATCH_UP)
     echo(agent)
-    until(lambda: agent.events().count(CATCH_UP) == asked + 1, "asks once more", 1)
+    until(lambda: agent.events().count(CATCH_UP) == asked + 1, "asks once more", AT_ONCE)
     assert stays(lambda: agent.events().count(CATCH_UP) == asked + 1 and len(announced(agent)) == 2, 1)
 
 
 def test_a_host_that_has_heard_nothing_for_a_while_asks_for_what_it_has_missed(agent: Agent) -> None:
     """The master was restarted, say, too fast for the helper to see it: then what others told is missing as well."""
     agent.login("203.0.113.1")
-    until(lambda: len(announced(agent)) == 2, "announced again", 8)
+    until(lambda: len(announced(agent)) == 2, "announced again", LIMIT)
     assert CATCH_UP not in agent.events()
     echo(agent)
-    until(lambda: CATCH_UP in agent.events(), "asks when it hears again", 1.5)
+    until(lambda: CATCH_UP in agent.events(), "asks when it hears again")
     assert stays(lambda: agent.events().count(CATCH_UP) == 1 and len(announced(agent)) == 2, 1)
 
 
 def test_a_helper_that_has_ended_is_no_reason_to_wait(agent: Agent, helper: Helper) -> None:
     helper.say("down")
     agent.login("203.0.113.1")
-    (child,) = agent.children()
-    os.kill(int(child.name), signal.SIGKILL)
+    kill(int(child.name) for child in agent.children())  # A snapshot may be taken as well.
     helper.close()
     until(lambda: announced(agent), "announced by another helper")
 
@@ -180,6 +183,12 @@ def test_status_tells_how_long_ago_the_last_echo_came(agent: Agent) -> None:
     assert agent.status()["seconds_since_echo"] is None
     agent.login("203.0.113.1")
     until(lambda: announced(agent), "announced")
+    began = time.time()
     echo(agent)
-    assert agent.status()["seconds_since_echo"] == 0
-    until(lambda: agent.status()["seconds_since_echo"] == 1, "a second later", 2)
+
+    def told() -> int:
+        said = agent.status()["seconds_since_echo"]
+        assert said <= round(time.time() - began)
+        return said
+
+    until(told, "a second later")

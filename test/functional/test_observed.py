@@ -13,7 +13,7 @@ from mailfwlib import elements, familiar, listing, metrics, netlink, observed, p
 from mailfwlib.settings import METRICS_DIRECTORY
 from support.agent import KEY, LOGIN_USER, Agent
 from support.firewall import Firewall
-from support.net import Client, Host, until
+from support.net import LIMIT, Client, Host, until
 
 METRICS = Path(METRICS_DIRECTORY) / metrics.FILE
 PILLAR: dict[str, Any] = {
@@ -51,7 +51,9 @@ def test_tries_are_kept_over_restarts_and_reloads(
 ) -> None:
     source = alice.addresses(family)[0]
     where = (key(source), 587)
+    agent.kill()
     assert [alice.connect(587, source) for _ in range(10)] == ["open"] * 10
+    agent.start()
     until(lambda: tally(host).get(where, 0) >= 10, "the first look")
     first = tally(host)[where]
     agent.kill()
@@ -80,7 +82,7 @@ def test_who_logs_in_is_said_and_comes_first(
     assert alice.connect(587, source) == "open"
     agent.login(source, "Alice@example.org")
     assert alice.connect(587, source) == "open", "trusted now: only a straggler may be counted yet"
-    until(lambda: host.call(lambda: len(familiar.Familiar())), "the login is on disk")
+    until(lambda: host.call(lambda: len(familiar.Familiar())), "the login is on disk", LIMIT)
     first, second = [row for row in report(loaded, host) if row["service"] == "submission"]
     assert parse.network(first["address"]).network_address == parse.address(key(source))
     assert (1 <= first["times"] <= 3, first["users"]) == (True, ["user:alice@example.org"])
@@ -152,7 +154,9 @@ def test_enforcing_host_keeps_what_was_observed_and_takes_no_more(
     agent: Agent, loaded: Firewall, host: Host, alice: Client, family: str
 ) -> None:
     source = alice.addresses(family)[0]
+    agent.kill()
     assert alice.connect(587, source) == "open"
+    agent.start()
     until(lambda: (key(source), 587) in tally(host), "the first look")
     before = tally(host)
     enforcing = {**PILLAR, "enforce": True, "reaction": {"untrusted": "reject"}}
@@ -177,10 +181,12 @@ def test_operator_may_have_a_source_forgotten(
     agent: Agent, loaded: Firewall, host: Host, alice: Client, family: str
 ) -> None:
     source = alice.addresses(family)[0]
+    agent.kill()
     assert alice.connect(587, source) == "open"
+    agent.start()
     until(lambda: (key(source), 587) in tally(host), "the first look")
     loaded.run(f"flush set inet mailfw observed_{family}")
     assert "not allowed" in agent.ask_as(LOGIN_USER, "overlook", key(source))
     agent.restart()
     agent.ask("overlook", key(source))
-    until(lambda: (key(source), 587) not in tally(host), "it is forgotten")
+    until(lambda: (key(source), 587) not in tally(host), "it is forgotten", observed.LOOK + LIMIT)

@@ -8,10 +8,11 @@ import os
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mailfwlib import client, journal, messages, settings
+from mailfwlib import client, journal, keeper, messages, settings
 from mailfwlib.parse import address
 from support import steps
 from support.net import LIMIT, Host, until
@@ -176,6 +177,22 @@ def _is_alive(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return bool(Path(f"/proc/{pid}/cmdline").read_bytes())  # empty once it is dead, whether or not it is reaped
     return False
+
+
+@contextlib.contextmanager
+def snapshots_that_hang(host: Host, directory: Path) -> Iterator[Path]:
+    """Have the tool do all but snapshots; a file says which process hangs."""
+    real, hanging, pid = (directory / name for name in ("real", "hanging", "pid"))
+    real.write_bytes(host.call(Path(keeper.TOOL).read_bytes))
+    hanging.write_text(
+        f"#!/bin/sh\n[ $1 = save ] && echo $$ >{pid} && exec sleep 600\nexec /usr/bin/python3 -IB {real} $1\n"
+    )
+    hanging.chmod(0o755)
+    host.run("mount", "--bind", str(hanging), keeper.TOOL)
+    try:
+        yield pid
+    finally:
+        host.run("umount", keeper.TOOL)
 
 
 def signed(logins: dict[str, float], sender: str = "mx2.example", key: str = KEY, **options: Any) -> str:
