@@ -7,7 +7,7 @@ import time
 import pytest
 
 from support.firewall import Firewall
-from support.net import Client
+from support.net import Client, until
 
 HOLD = {"protection": {"type": "protected"}, "reaction": {"untrusted": "hold"}}
 
@@ -17,7 +17,7 @@ def test_client_that_logs_in_meanwhile_gets_in(firewall: Firewall, alice: Client
     firewall.load(protection={"type": mode}, reaction={"untrusted": "hold"})
     source, started = alice.addresses(family)[0], time.monotonic()
     connecting = alice.connecting(587, source, patience=10)
-    time.sleep(0.5)  # the login comes half a second after the first try
+    until(lambda: firewall.counter("held"), "the first try")
     assert not connecting.done()
     firewall.trust(source)
     assert connecting.result() == "open"

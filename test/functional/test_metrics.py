@@ -141,11 +141,25 @@ def test_rules_that_are_gone_or_open_are_told(agent: Agent, loaded: Firewall, ho
     assert not [name for name in found if name.startswith(("mailfw_decisions", "mailfw_set"))]
 
 
+def openings(agent: Agent) -> list[dict[str, Any]]:
+    return [one["data"] for one in agent.events() if one["tag"] == "mailfw/open"]
+
+
+def await_look(agent: Agent, host: Host) -> None:
+    """Wait until the agent has made a whole look: an opening is told by one, and its end by the next."""
+    before = len(openings(agent))
+    host.call(breakglass.STATE.write_text, f"{int(time.time()) + 3600} locked out\n")
+    try:
+        until(lambda: len(openings(agent)) == before + 1, "an opening is told")
+    finally:
+        host.call(breakglass.STATE.unlink)
+    until(lambda: len(openings(agent)) == before + 2, "its end is told")
+
+
 def test_nothing_is_written_where_nobody_looks(loaded: Firewall, host: Host, tmp_path: Path) -> None:
     """And as soon as somebody does, it is."""
     with closing(Agent(host, tmp_path, PILLAR)) as agent:
-        agent.status()  # it has started
-        time.sleep(1.5)  # a look
+        await_look(agent, host)
         assert not host.call(FILE.parent.exists)
         assert "metrics" not in agent.log()
         host.call(FILE.parent.mkdir, parents=True)
@@ -163,15 +177,14 @@ def test_nothing_is_written_where_nobody_looks(loaded: Firewall, host: Host, tmp
 def test_agent_that_cannot_write_to_a_new_directory_starts_again(loaded: Firewall, host: Host, tmp_path: Path) -> None:
     """Systemd has shown it the disk as it was before; a directory that was always read-only is no reason."""
     with closing(Agent(host, tmp_path, PILLAR)) as agent:
-        agent.status()  # it has started
-        time.sleep(1.5)  # a look
+        await_look(agent, host)
         host.call(FILE.parent.mkdir, parents=True)
         host.run("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(FILE.parent))
         try:
             until(lambda: not agent.running(), "it ends")
             agent.start()
             until(lambda: "Read-only file system" in agent.log(), "a complaint")
-            time.sleep(1.5)  # another look
+            await_look(agent, host)
             assert agent.running()
             assert agent.log().count("Read-only file system") == 1
         finally:
@@ -184,7 +197,8 @@ def test_elements_are_counted_where_the_kernel_does_not_say(loaded: Firewall, ho
     values = [base.format(one // 100, one % 100) for one in range(2100)]
     loaded.run(f"add element inet mailfw trusted_{family} {{ {', '.join(values)} }}")
     kernel = host.call(netlink.Kernel)
-    assert kernel.count(f"trusted_{family}") == 2100
+    # Just after a set was filled, a list may lack some.
+    until(lambda: kernel.count(f"trusted_{family}") == 2100, "all are counted")
     assert kernel.levels()[f"trusted_{family}"].elements in (2100, None)
 
 

@@ -248,7 +248,7 @@ def test_older_session_that_its_client_ends(
     ended = name(connection)
     load(firewall, mode)
     how(connection)
-    until(lambda: ended not in mail.sessions, "the server knows that it has ended", seconds=1)
+    until(lambda: ended not in mail.sessions, "the server knows that it has ended")
 
 
 def test_older_sessions_that_the_server_ends(firewall: Firewall, mail: MailServer, alice: Client, family: str) -> None:
@@ -382,7 +382,7 @@ def test_block_ends_untracked_sessions_too(
     session = alice.open(993, source)
     firewall.block(source)
     session.say()
-    until(lambda: session.name not in mail.sessions, "the server's socket is gone", seconds=1)
+    until(lambda: session.name not in mail.sessions, "the server's socket is gone")
     assert alice.connect(993, source) == "refused"
     session.close()
 
@@ -429,7 +429,7 @@ def test_end_of_an_idle_session(
         firewall.block(source)
     assert host.call(sockets.end, network(source), [143, 993]) == len(ended)
     assert [was_reset(connection) for connection in ended] == [True] * len(ended)
-    until(lambda: not mail.sessions.keys() & names, "the server's sessions are gone", seconds=1)
+    until(lambda: not mail.sessions.keys() & names, "the server's sessions are gone")
     if rules == "blocked":  # a blocked source's other session would end by its next packet
         firewall.unblock(source)
     assert [talks(connection) for connection in others] == [True] * len(others)

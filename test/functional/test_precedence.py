@@ -153,7 +153,7 @@ def test_live_session(
     if meanwhile in BLOCKS and before != "trusted network":
         for session in sessions:
             session.say()
-            until(lambda name=session.name: name not in mail.sessions, "the server's socket is gone", seconds=2)
+            until(lambda name=session.name: name not in mail.sessions, "the server's socket is gone")
     else:
         assert all(session.talks() for session in sessions * 2)
         assert firewall.counter("blocked") == 0
@@ -170,7 +170,7 @@ def test_block_ends_a_session_whatever_the_reaction(
     session = alice.open(993, source)
     firewall.block(source)
     session.say()
-    until(lambda: session.name not in mail.sessions, "the server's socket is gone", seconds=2)
+    until(lambda: session.name not in mail.sessions, "the server's socket is gone")
     assert alice.connect(993, source) == {"drop": "silent", "reject": "refused"}[reaction]
     session.close()
 

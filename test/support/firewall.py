@@ -38,6 +38,10 @@ def element_text(element: dict[str, Any]) -> str:
     return " . ".join(map(str, value["concat"])) if isinstance(value, dict) else str(value)
 
 
+#: So many elements the kernel gives in one part of a list at least.
+FEW = 100
+
+
 class Firewall:
     """The mail host's firewall: rules for a pillar, and the scripts of mailfwlib.elements, run in the kernel."""
 
@@ -85,6 +89,13 @@ class Firewall:
         return {element_text(one): one["comment"] for one in self._listed(name) if "comment" in one}
 
     def _listed(self, name: str) -> list[dict[str, Any]]:
+        """Return a set's elements; of many, the kernel may leave some out just after they were added: see netlink."""
+        found = self._list(name)
+        while len(found) > FEW and len(again := self._list(name)) != len(found):
+            found = again
+        return found
+
+    def _list(self, name: str) -> list[dict[str, Any]]:
         printed = json.loads(self.nft("-j", "list", "set", *nft.TABLE.split(), name))
         listed = next(entry["set"] for entry in printed["nftables"] if "set" in entry).get("elem", [])
         return [one["elem"] if isinstance(one, dict) and "elem" in one else {"val": one} for one in listed]

@@ -133,19 +133,19 @@ def test_a_user_is_named_as_the_hook_would(name: Any) -> None:
     ("script", "why"),
     [
         ("exit 75", "exit status 75"),
-        ("exec sleep 60", "no answer in 0.5 s"),
-        ("echo '['; exec sleep 60", "no answer in 0.5 s"),
+        ("exec sleep 60", "no answer in 2 s"),
+        ("echo '['; exec sleep 60", "no answer in 2 s"),
         ("exec yes", "says more than 100000 bytes"),
-        ("exec yes >&2", "no answer in 0.5 s"),
+        ("exec yes >&2", "no answer in 2 s"),
     ],
 )
 def test_a_doveadm_out_of_its_mind_is_ended(tool: Tool, monkeypatch: pytest.MonkeyPatch, script: str, why: str) -> None:
-    monkeypatch.setattr(sessions, "TIMEOUT", 0.5)
+    monkeypatch.setattr(sessions, "TIMEOUT", 2.0)
     monkeypatch.setattr(sessions, "LONGEST", 100_000)
     began = time.monotonic()
     with pytest.raises(SessionsError, match=why):
         sessions.logged_in(tool('echo $$ >"${0}.pid"\n' + script))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     pid = int(Path(tool("") + ".pid").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
