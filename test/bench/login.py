@@ -63,7 +63,7 @@ RATE, PROCESSOR, MESSAGES = "acknowledgements a second", "agent's processor time
 SALT_CALLS, NEW_ADDRESSES = 2, 6
 #: Seconds until what a start of the agent sets off has ended, and what a message to the fleet does after its echo.
 SETTLED, ECHOED = 5.0, 0.3
-#: A pace: one login after so many seconds without, in which the master's reactor has forgotten its runners.
+#: A pace: one login after so many seconds without, which is longer than Salt's reactor keeps a runner by default.
 LONE, QUIET = "after a quiet minute", 65.0
 ADDRESS = re.compile(r'"([0-9.]+)\\"')
 #: Seconds after which the master has told of everything.
@@ -269,7 +269,7 @@ def gathered(figures: list[Figure], part: str) -> Found:
 
 
 def milliseconds(rounds: list[list[float]]) -> str:
-    """Return median and 99th percentile of all rounds together."""
+    """Return median and 99th percentile of all rounds together; of a hundred or fewer, the highest."""
     ordered = sorted(itertools.chain(*rounds))
     return f"{statistics.median(ordered) * 1000:.2f} {ordered[int(len(ordered) * 0.99)] * 1000:9.2f}"
 

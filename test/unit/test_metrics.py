@@ -155,8 +155,7 @@ def test_dashboard_asks_for_what_is_written(dashboard):
     }
 
 
-def test_dashboard_is_one_that_grafana_imports(dashboard):
-    """Any Prometheus can be picked, every panel uses it, and no two panels are in one place."""
+def test_dashboard_takes_any_prometheus_and_no_two_panels_are_in_one_place(dashboard):
     variables = {one["name"]: one for one in dashboard["templating"]["list"]}
     assert (variables["datasource"]["type"], variables["datasource"]["query"]) == ("datasource", "prometheus")
     assert dashboard["id"] is None
