@@ -133,7 +133,7 @@ def test_reaction(
     told = firewall.explain(source)
     assert verdict in told["verdicts"]["submission"]
     assert told["lately"].keys() == {"submission"}
-    assert re.fullmatch(rf"{lately}, the last time [01]s ago", told["lately"]["submission"])
+    assert re.fullmatch(rf"{lately}, the last time [0-9]s ago", told["lately"]["submission"])
 
 
 @pytest.mark.parametrize("of", ["banned", "blocked"])
@@ -216,7 +216,7 @@ def test_observing_says_when_it_would_have_refused(firewall: Firewall, alice: Cl
     assert alice.connect(993, source) == "open"
     told = firewall.explain(source)
     assert told["verdicts"]["imaps"].startswith("accepted: mailfw:enforce is false; it would be refused: not trusted")
-    assert re.fullmatch(r"would have been refused, the last time [01]s ago", told["lately"]["imaps"])
+    assert re.fullmatch(r"would have been refused, the last time [0-9]s ago", told["lately"]["imaps"])
 
 
 def standing(firewall: Firewall, host: Host, source: str) -> explain.Standing:
@@ -232,9 +232,10 @@ def test_connections_that_are_said_to_be_free_are(firewall: Firewall, host: Host
         return explain.free("dovecot", standing(firewall, host, source), firewall.settings)
 
     assert free() == 3
+    began = time.monotonic()
     assert [alice.connect(993, source) for _ in range(3)] == ["open"] * 3
-    assert free() == 0
-    until(lambda: free() == 2, "two are free again", seconds=3)
+    assert free() <= 2 * (time.monotonic() - began), "two are earned each second"
+    until(lambda: free() >= 2, "two are free again")
     assert [alice.connect(993, source) for _ in range(2)] == ["open"] * 2
     assert re.match("limited: counted, the last one [0-9]s ago", firewall.explain(source)["verdicts"]["imaps"])
     until(lambda: alice.connect(993, source) != "open", "above the rate")
@@ -251,9 +252,10 @@ def test_trust_that_is_over_counts_no_more(firewall: Firewall, alice: Client) ->
     """Though the kernel clears it away a minute later only."""
     source = alice.ipv4[0]
     firewall.load(protection={"type": "private"}, reaction=REJECT)
-    firewall.trust(source, seconds=1)
+    firewall.trust(source)
     assert said(firewall, source)["imaps"]
-    until(lambda: not said(firewall, source)["imaps"], "the end of the trust", seconds=3)
+    firewall.trust(source, seconds=1)
+    until(lambda: not said(firewall, source)["imaps"], "the end of the trust")
     assert alice.connect(993, source) == "refused"
 
 
