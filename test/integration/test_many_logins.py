@@ -10,10 +10,11 @@ from integration.fleet import SOCKET, Fleet, MailHost
 from integration.hosts import wait_for
 
 LOGINS, ADDRESSES, SECONDS = 10_000, 1_000, 10
-#: Jobs that the fleet may be told of them in.
-MOST_JOBS = 60
-#: Seconds from the last login until every address is trusted on both hosts.
-LATEST = 2.0
+#: Jobs that the fleet may be told of them in: so many a second while people log in, and some.
+JOBS_A_SECOND, MORE_JOBS = 4, 20
+#: Seconds from the last login until every address is trusted on both hosts, or, on a busy machine, how many times what
+#: a single login takes there.
+LATEST, TIMES = 2.0, 3
 
 
 def log_in(host: MailHost, addresses: list[str], logins: int) -> float:
@@ -30,6 +31,13 @@ def log_in(host: MailHost, addresses: list[str], logins: int) -> float:
     return time.monotonic()
 
 
+def seconds_until_trusted(addresses: list[str], hosts: list[MailHost], since: float) -> float:
+    """Wait until some hosts trust all of some addresses; return how long that took."""
+    for host in hosts:
+        wait_for(f"{host.name} to trust all", lambda host=host: host.trusts(*addresses))
+    return time.monotonic() - since
+
+
 def test_ten_thousand_logins_become_few_jobs(fleet: Fleet, mx1: MailHost, mx2: MailHost) -> None:
     """Some of the addresses log in on one host only, some on the other, some on both: each several times in a row."""
     addresses, moment = [fleet.new_address() for _ in range(ADDRESSES)], time.time()
@@ -40,13 +48,15 @@ def test_ten_thousand_logins_become_few_jobs(fleet: Fleet, mx1: MailHost, mx2: M
             pool.submit(log_in, mx2, addresses[400:], LOGINS // 2),
         ]
         last = max(one.result() for one in running)
-    for host in (mx1, mx2):
-        wait_for(f"{host.name} to trust all", lambda host=host: host.trusts(*addresses))
-    waited = time.monotonic() - last
+    waited = seconds_until_trusted(addresses, [mx1, mx2], last)
     jobs = [job for job in fleet.ran_since(moment) if job["fun"] == "mailfw.receive"]
     sent = fleet.announcements_since(moment)
     took = last - began
-    print(f"{took:.1f} s, {len(jobs)} jobs for {len(sent)} messages, all trusted {waited:.2f} s after the last login")
+    single, began = fleet.new_address(), time.monotonic()
+    mx1.agent.login(single)
+    alone = seconds_until_trusted([single], [mx1, mx2], began)
+    print(f"{took:.1f} s, {len(jobs)} jobs for {len(sent)} messages")
+    print(f"all trusted {waited:.2f} s after the last login, a single one after {alone:.2f} s")
     assert took < 3 * SECONDS, "a busy machine is slower than the ten seconds"
-    assert len(jobs) <= MOST_JOBS
-    assert waited <= LATEST
+    assert len(jobs) <= JOBS_A_SECOND * took + MORE_JOBS
+    assert waited <= max(LATEST, TIMES * alone)
