@@ -79,7 +79,7 @@ def test_a_host_in_order_is_well(host: str) -> None:
 
 
 def test_a_fleet_in_order_is_well() -> None:
-    said = json.loads(lab.run("master", "salt-run", "--out=json", "--timeout=60", "mailfw.doctor"))
+    said = json.loads(lab.run("master", "salt-run", "--out=json", "mailfw.doctor"))
     assert said["retcode"] == 0, said
     assert said["hosts"].keys() == {*HOSTS}
     assert all(one.startswith("all is well") for one in [said["master"], *said["hosts"].values()])
@@ -112,17 +112,26 @@ BROKEN = {
     ),
 }
 #: What the doctor cannot have somebody's commands do.
-BY_HAND = "rm /etc/dovecot/conf.d/96-proxies.conf; echo 2001:db8:0:1::11 smtp.lab.test >>/etc/hosts; doveadm reload"
+BY_HAND = "rm -f /etc/dovecot/conf.d/96-proxies.conf; echo 2001:db8:0:1::11 smtp.lab.test >>/etc/hosts; doveadm reload"
+#: What would trouble other tests, whatever has failed.
+UNDO = f"""
+{BY_HAND}
+chmod a+rx /usr/lib/mailfw
+systemctl enable -q --now mailfw mailfw-agent.socket
+postconf -X smtpd_sasl_auth_enable smtpd_tls_auth_only
+postconf -PX smtp/inet/smtpd_sasl_auth_enable
+postfix reload
+"""
 
 
 @on_both_hosts
 def test_what_is_broken_is_named_and_what_is_said_mends_it(host: str) -> None:
-    for command, _ in BROKEN.values():
-        lab.run(host, "sh", "-c", command)
-    if host == "mx2":  # AUTH comes after STARTTLS there.
-        lab.run(host, "postconf", "smtpd_tls_auth_only=yes")
-        lab.run(host, "postfix", "reload")
     try:
+        for command, _ in BROKEN.values():
+            lab.run(host, "sh", "-c", command)
+        if host == "mx2":  # AUTH comes after STARTTLS there.
+            lab.run(host, "postconf", "smtpd_tls_auth_only=yes")
+            lab.run(host, "postfix", "reload")
         failed = doctor(host)["failed"]
         # Rules are not loaded while their service is stopped.
         consequences = {"rules are loaded", "dovecot has read its configuration"}
@@ -131,14 +140,12 @@ def test_what_is_broken_is_named_and_what_is_said_mends_it(host: str) -> None:
             assert do in failed[name]["do"], failed[name]
         assert "after STARTTLS" in failed["port 25 offers no login"]["found"] or host == "mx1"
         assert "imap, pop3, managesieve" in failed["dovecot runs the hook"]["found"]
-    finally:
         lab.run(host, "sh", "-c", BY_HAND)
-    commands = ("units are enabled", "dovecot can run the hook", "dovecot runs the hook", "port 25 offers no login")
-    heal(host, failed, *commands)
-    assert doctor(host)["failed"] == {}
-    lab.run(host, "postconf", "-X", "smtpd_sasl_auth_enable", "smtpd_tls_auth_only")
-    lab.run(host, "postconf", "-PX", "smtp/inet/smtpd_sasl_auth_enable")
-    lab.run(host, "postfix", "reload")
+        commands = ("units are enabled", "dovecot can run the hook", "dovecot runs the hook", "port 25 offers no login")
+        heal(host, failed, *commands)
+        assert doctor(host)["failed"] == {}
+    finally:
+        lab.run(host, "sh", "-c", UNDO)
 
 
 @on_both_hosts
@@ -157,7 +164,7 @@ def test_an_agent_that_is_gone_old_or_shut_up(host: str) -> None:
 
 @on_both_hosts
 def test_a_dovecot_that_has_not_read_its_configuration_or_does_not_run(host: str) -> None:
-    lab.run(host, "doveadm", "reload")
+    lab.restart_dovecot(host)
     lab.client("home", "login", address=lab.ADDRESSES[host][0])
     lab.run(host, "touch", "/etc/dovecot/conf.d/99-mailfw.conf")
     found = doctor(host)
@@ -178,7 +185,7 @@ def test_the_master_names_what_is_wrong_where() -> None:
     lab.run("mx1", "mailfw-open", "1h", "ticket 17")
     lab.run("master", "touch", "/etc/salt/master.d/mailfw.conf")
     try:
-        said = json.loads(lab.run("master", "salt-run", "--out=json", "--timeout=60", "mailfw.doctor", check=False))
+        said = json.loads(lab.run("master", "salt-run", "--out=json", "mailfw.doctor", check=False))
         assert said["retcode"] == 1
         assert said["master"].keys() == {"master has read its configuration"}
         assert said["hosts"]["mx1"].keys() == {"rules are in force"}

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from support import lab
-from support.lab import ADDRESSES
+from support.lab import ADDRESSES, elements
 
 from .conftest import ENVIRONMENTS, HOSTS
 
 SUBMISSION = (587, 465)
 #: Linux tries again after 1 s and then every second or at 3 s; later tries are refused. See the chain untrusted.
 HELD = 4.0
+#: As which the hosts see cafe.
+CAFE = ("203.0.113.10", "2001:db8:0:3::")
+#: Seconds in which the other host trusts who has logged in, unless the machine is busy: before the last held try.
+TOLD = 2.5
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,7 +77,24 @@ def test_login_first_and_submission_in_the_same_second(host, version, send_after
 @pytest.mark.parametrize("port", SUBMISSION)
 @pytest.mark.parametrize("version", [4, 6])
 def test_login_at_one_host_and_submission_at_the_other(login_at, send_to, version, port):
-    send_beside_login(login_at, send_to, version, port)
+    """Another try is made when the other host is told too late for the held one."""
+
+    def seconds_until_trusted() -> float:
+        began = time.monotonic()
+        element = f"{CAFE[version == 6]} . {port}"
+        lab.wait_until(lambda: element in elements(send_to, f"trusted_ipv{version}"), f"{send_to} trusts cafe")
+        return time.monotonic() - began
+
+    for attempt in (1, 2, 3):
+        with ThreadPoolExecutor(1) as pool:
+            trusted = pool.submit(seconds_until_trusted)
+            try:
+                send_beside_login(login_at, send_to, version, port)
+                break
+            except (AssertionError, lab.LabError):
+                if attempt == 3 or trusted.result() < TOLD:
+                    raise
+        lab.forget(*HOSTS)
 
 
 @pytest.mark.parametrize("host", HOSTS)

@@ -68,7 +68,7 @@ def test_dovecots_part_of_the_sessions_of_an_address_ends_too(verb):
         try:
             said = lab.salt(",".join(HOSTS), f"mailfw.{verb}", of)
             for host in HOSTS:
-                wait_until(lambda host=host: logged_in(host) == ["bob"], f"{host} has but the other's session", limit=3)
+                wait_until(lambda host=host: logged_in(host) == ["bob"], f"{host} has but the other's session")
                 assert said[host]["sessions_ended"] == 2
                 assert not any(session.answers() for session in held[host])
                 assert others[host].answers()
