@@ -112,7 +112,7 @@ def test_in_a_storm_of_logins_nobody_is_refused_and_everybody_is_trusted() -> No
             sources = ip_network(network)
             step = 1 if sources.version == 4 else 1 << 64
             clients += [[address, str(sources.network_address + number * step + 1)] for number in range(STORM // 2)]
-        return lab.client("town", "storm", clients=clients, patience=100.0)
+        return lab.client("town", "storm", clients=clients, patience=250.0)
 
     for host, found in lab.on_each(HOSTS, storm).items():
         waited = sorted(one["seconds"] for one in found)
