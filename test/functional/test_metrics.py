@@ -148,11 +148,11 @@ def openings(agent: Agent) -> list[dict[str, Any]]:
 def await_look(agent: Agent, host: Host) -> None:
     """Wait until the agent has made a whole look: an opening is told by one, and its end by the next."""
     before = len(openings(agent))
-    host.call(breakglass.STATE.write_text, f"{int(time.time()) + 3600} locked out\n")
+    host.run(WAY_OUT, "1h", "locked out")
     try:
         until(lambda: len(openings(agent)) == before + 1, "an opening is told")
     finally:
-        host.call(breakglass.STATE.unlink)
+        host.run(WAY_OUT, "close")
     until(lambda: len(openings(agent)) == before + 2, "its end is told")
 
 
