@@ -13,7 +13,8 @@ request                             who may      what it does
 ``receive`` message                 root         trusts the addresses that a signed message announces
 ``remember`` addresses ports        root         never shortens a trust that an operator has given, until when (Unix
 until note                                       time), and with which comment
-``forget`` addresses                root         takes addresses for ones that never logged in
+``forget`` addresses [ports]        root         takes addresses for ones that never logged in, and
+                                                 forgets what operators gave on ports, or on all
 ``overlook`` addresses              root         takes sources for ones that were never observed
 ``revoke`` user                     root         ends what only that user's logins have earned, as JSON
 ``places`` user                     root         says where that user has logged in from, and why logins there have
