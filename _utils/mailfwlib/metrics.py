@@ -71,7 +71,16 @@ METRICS = {
 }
 
 #: Verdicts that are counted for the whole host only: the name of the counter is that of the verdict.
-PLAIN = ("trusted", "trusted_network", "exempted", "over_common_rate", "reopened", "unanswerable", "break_glass")
+PLAIN = (
+    "opened",
+    "trusted",
+    "trusted_network",
+    "exempted",
+    "over_common_rate",
+    "reopened",
+    "unanswerable",
+    "break_glass",
+)
 #: Counters of sources that did not fit -> the label ``kind``.
 NO_ROOM = {"meter_full": "rates", "ban_set_full": "bans"}
 #: Sets whose fill says nothing.

@@ -58,11 +58,21 @@ def table() -> str:
 
 
 def counters() -> dict[str, int]:
-    """Return the packets that each named counter has counted, but for those of single services. Raises NftError."""
-    listing = json.loads(command("-j", "-t", "list", "ruleset", TABLE.split()[0]))
-    found = (entry["counter"] for entry in listing["nftables"] if "counter" in entry)
-    name = TABLE.split()[1]
-    return {one["name"]: one["packets"] for one in found if one["table"] == name and "/" not in one["name"]}
+    """Return the packets of each decision: name -> all services and families together. Raises NftError."""
+    return decisions(command("-j", "-t", "list", "ruleset", TABLE.split()[0]))
+
+
+def decisions(listing: str) -> dict[str, int]:
+    """Return the same of what nft lists as JSON. A decision without a counter of its own has those of its services."""
+    own: dict[str, int] = {}
+    of_services: dict[str, int] = {}
+    for entry in json.loads(listing)["nftables"]:
+        counter = entry.get("counter")
+        if counter and counter["table"] == TABLE.split()[1]:
+            decision, _, service = counter["name"].partition("/")
+            counts = of_services if service else own
+            counts[decision] = counts.get(decision, 0) + counter["packets"]
+    return {**of_services, **own}
 
 
 def _run(command_line: list[str], script: str | None) -> str:

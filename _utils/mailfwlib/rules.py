@@ -33,10 +33,9 @@ def files(settings: Settings) -> dict[str, list[dict[str, Any]]]:
 OLDER = 262144
 #: Sources that do not fit into a full meter share the rate of this many.
 CROWD = 10
-#: Decisions that are counted for each service and family, too, and which side of the packet has the service's port.
+#: Decisions that are counted for each service and family, and which side of the packet has the service's port.
 #: None of them is about a packet of a trusted source or a settled connection: those pay nothing for it.
 TALLIED = {
-    "opened": "dport",
     "counted": "sport",
     "over_rate": "sport",
     "banned": "dport",

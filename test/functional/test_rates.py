@@ -42,7 +42,7 @@ class Source:
         self, net: Net, firewall: Firewall, family: str, rate: str, burst: int, banned: str = "banned_dovecot"
     ):
         self._host, self._firewall, self._client = net.host, firewall, net.alice
-        self._banned = f"{banned}_{family}"
+        self._banned, self._tally = f"{banned}_{family}", f"counted/imap/{family}"
         self.addresses = net.alice.addresses(family)[:1]
         self.each, self._burst = seconds_each(rate), burst
         self._least = self._most = float(burst)
@@ -78,7 +78,7 @@ class Source:
     def _when_counted(self) -> float:
         """Wait until the attempt under way has been counted; return when it had been."""
         kernel = netlink.Kernel()
-        until(lambda: kernel.counter("counted") > self._counters["counted"], "counted")
+        until(lambda: kernel.counter(self._tally) > self._counters["counted"], "counted")
         return time.monotonic()
 
     def spend(self) -> int:

@@ -101,9 +101,8 @@ class Firewall:
         return [one["elem"] if isinstance(one, dict) and "elem" in one else {"val": one} for one in listed]
 
     def counter(self, name: str) -> int:
-        """Return the packets that a named counter has counted."""
-        listed = json.loads(self.nft("-j", "list", "counter", *nft.TABLE.split(), name))
-        return next(entry["counter"]["packets"] for entry in listed["nftables"] if "counter" in entry)
+        """Return the packets of a decision."""
+        return nft.decisions(self.nft("-j", "-t", "list", "ruleset"))[name]
 
     def trust(self, address: str, seconds: int = 3600, ports: list[int] | None = None, note: str = "") -> None:
         """Trust an address as a login does, or with a note as an operator does."""

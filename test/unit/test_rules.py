@@ -187,7 +187,7 @@ def test_nothing_is_refused_when_not_enforced(root, pillar):
 def test_everything_that_is_not_open_can_refuse(root, pillar):
     found = settings.resolve({**pillar, "enforce": True})
     rendered = Rules(found, root)
-    for chain in ("blocked", "banned", "refused", "opening"):
+    for chain in ("blocked", "banned", "refused", "continuing"):
         assert re.search(r"\b(drop|reject with tcp reset)$", rendered.statements(chain)[-1])
     assert rendered.statements("untrusted")[-1] in ("counter name held drop", "goto refused")
     for chain in rendered.objects["chain"]:
@@ -328,12 +328,13 @@ def test_rendered_rules_carry_the_numbers_of_the_pillar(root):
 
 
 def test_guarded_is_in_the_order_of_who_wins(root):
-    """Trusted networks, then blocks, then earned trust; each for both families."""
+    """Break-glass, trusted networks, then blocks, then earned trust; each for both families."""
     families = [("ip saddr", "ipv4"), ("ip6 saddr", "ipv6")]
     trusted = {"networks_ipv4": ["192.0.2.0/24"], "networks_ipv6": ["2001:db8::/48"]}
     blocked = {"networks_ipv4": ["198.51.100.0/24"], "networks_ipv6": ["2001:db8:1::/48"]}
     pillar = {"trusted": {"ipv6_prefix": 128, **trusted}, "autoban": {"ipv6_prefix": 128}, "blocked": blocked}
     assert Rules(settings.resolve(pillar), root).statements("guarded") == [
+        "meta l4proto @break_glass counter name break_glass goto settled",
         *(
             f"{saddr} @trusted_networks_{family} counter name trusted_network goto settled"
             for saddr, family in families
@@ -352,42 +353,35 @@ def test_open_connections_pass_unless_their_source_is_blocked(root, blocked):
     networks = {"ipv4": "192.0.2.0/24", "ipv6": "2001:db8::/48"}
     lists = {f"networks_{family}": [networks[family]] for family in blocked}
     rendered = Rules(settings.resolve({"blocked": lists, "autoban": {"ipv6_prefix": 128}}), root)
-    wanted = []
-    for family, saddr in (("ipv4", "ip saddr"), ("ipv6", "ip6 saddr")):
-        wanted.append(f"{saddr} @blocked_{family} return")
-        wanted += [f"{saddr} @blocked_networks_{family} return"] * (family in blocked)
-    statements = rendered.statements("open")
-    assert statements == [
-        *wanted,
-        "ct mark & 0x02000000 != 0 ct mark set ct mark & 0xfcffffff",
+    assert rendered.statements("open") == [
+        "ct mark & 0x02000000 != 0 meta l4proto tcp ct mark set ct mark & 0xfcffffff",
         "ct mark & 0x01000000 != 0 tcp window 0 tcp flags & rst == 0 counter name unanswerable drop",
         "socket wildcard 1 return",
-        "accept",
+        "goto passing",
     ]
-    for family in ("ipv4", "ipv6"):
-        (shortest,) = (line for line in rendered.statements("input") if f"meta nfproto {family} " in line)
-        assert (f" != @blocked_networks_{family} " in shortest) == (family in blocked)
+    assert rendered.statements("passing") == [
+        f"{saddr} != @blocked_networks_{family} " * (family in blocked) + f"{saddr} != @blocked_{family} accept"
+        for family, saddr in (("ipv4", "ip saddr"), ("ipv6", "ip6 saddr"))
+    ]
 
 
 def test_hooks_are_in_order(root):
-    """Open connections first, since most packets are theirs; the host itself and break-glass before any port."""
+    """Open connections first, since most packets are theirs; the host itself before any port."""
     rendered = Rules(settings.resolve({"mark": 0x14, "autoban": {"ipv6_prefix": 128}}), root)
     settled = "ct mark & 0x00000010 != 0"
     assert rendered.statements("input") == [
         "type filter hook input priority filter - 10; policy accept;",
-        f"meta nfproto ipv6 {settled} @th,104,8 & 0x06 == 0x00 ip6 saddr != @blocked_ipv6 accept",
-        f"meta nfproto ipv4 {settled} @th,104,8 & 0x06 == 0x00 ip saddr != @blocked_ipv4 accept",
-        "ct state established meta l4proto tcp @th,104,8 & 0x17 != 0x02 jump open",
+        f"{settled} @th,104,8 & 0x06 == 0x00 jump passing",
+        "ct state established @th,104,8 & 0x17 != 0x02 jump open",
         'iif "lo" accept',
-        "meta l4proto @break_glass counter name break_glass goto settled",
         "tcp dport vmap @services",
     ]
     assert rendered.statements("output") == [
         "type filter hook output priority filter - 10; policy accept;",
         f"{settled} @th,104,8 & 0x07 == 0x00 accept",
-        "ct state established ct mark & 0x00000014 == 0 @th,104,8 & 0x02 == 0x00 accept",
-        f"{settled} goto ended",
+        "ct mark & 0x00000014 == 0 ct state established @th,104,8 & 0x02 == 0x00 accept",
         "ct mark & 0x00000004 != 0 @th,104,8 & 0x06 == 0x02 accept",
+        f"{settled} goto ended",
         'oif "lo" accept',
         "tcp sport vmap @counting",
     ]
@@ -398,7 +392,6 @@ def test_bans_are_between_guarded_and_opening(root):
     for role in settings.ROLES:
         assert Rules(found, root).statements(f"{role}_autoban") == [
             "jump guarded",
-            "tcp flags & syn == 0 jump older",
             f"ip saddr @banned_{role}_ipv4 goto banned",
             f"ip saddr & 255.255.255.0 @banned_networks_{role}_ipv4 goto banned",
             f"ip6 saddr @banned_{role}_ipv6 goto banned",
@@ -430,9 +423,8 @@ def test_who_is_not_counted(root):
     networks = {"networks_ipv4": ["192.0.2.0/24"], "networks_ipv6": ["2001:db8::/48"]}
     pillar = {"trusted": {"ipv6_prefix": 128, **networks}, "exempt": networks}
     rendered = Rules(settings.resolve(pillar), root)
-    (chain,) = (name for name in rendered.objects["chain"] if "counter name counted" in rendered.statements(name))
-    statements = rendered.statements(chain)
     families = [("ip daddr", "ipv4"), ("ip6 daddr", "ipv6")]
+    *statements, last = rendered.statements("answered")
     assert sorted(line for line in statements if line.endswith("goto settled")) == sorted(
         line
         for daddr, family in families
@@ -442,7 +434,8 @@ def test_who_is_not_counted(root):
             f"{daddr} @exempt_networks_{family} counter name exempted goto settled",
         )
     )
-    assert statements[-1] == "counter name counted"
+    assert last.startswith("counter name meta nfproto . tcp sport map {")
+    assert '"counted/imap/ipv4"' in last
 
 
 def test_nobody_above_the_rate_is_refused_while_everything_is_open(root):
