@@ -187,7 +187,7 @@ def test_nothing_is_refused_when_not_enforced(root, pillar):
 def test_everything_that_is_not_open_can_refuse(root, pillar):
     found = settings.resolve({**pillar, "enforce": True})
     rendered = Rules(found, root)
-    for chain in ("blocked", "banned", "refused", "continuing"):
+    for chain in ("blocked", "banned", "refused", "opening"):
         assert re.search(r"\b(drop|reject with tcp reset)$", rendered.statements(chain)[-1])
     assert rendered.statements("untrusted")[-1] in ("counter name held drop", "goto refused")
     for chain in rendered.objects["chain"]:
@@ -354,7 +354,7 @@ def test_open_connections_pass_unless_their_source_is_blocked(root, blocked):
     lists = {f"networks_{family}": [networks[family]] for family in blocked}
     rendered = Rules(settings.resolve({"blocked": lists, "autoban": {"ipv6_prefix": 128}}), root)
     assert rendered.statements("open") == [
-        "ct mark & 0x02000000 != 0 meta l4proto tcp ct mark set ct mark & 0xfcffffff",
+        "ct mark & 0x02000000 != 0 ct mark set ct mark & 0xfcffffff",
         "ct mark & 0x01000000 != 0 tcp window 0 tcp flags & rst == 0 counter name unanswerable drop",
         "socket wildcard 1 return",
         "goto passing",
@@ -372,7 +372,7 @@ def test_hooks_are_in_order(root):
     assert rendered.statements("input") == [
         "type filter hook input priority filter - 10; policy accept;",
         f"{settled} @th,104,8 & 0x06 == 0x00 jump passing",
-        "ct state established @th,104,8 & 0x17 != 0x02 jump open",
+        "ct state established meta l4proto tcp @th,104,8 & 0x17 != 0x02 jump open",
         'iif "lo" accept',
         "tcp dport vmap @services",
     ]
