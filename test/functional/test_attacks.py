@@ -33,8 +33,9 @@ from support.rawtcp import (
 
 BURST = 4
 CROWD = 3 * BURST
-#: Ports of the test's own servers, which the rules guard as they do dovecot's: one greets, one waits for the client.
-GREETING, SILENT, FAST, BOUND = 2143, 2993, 2995, 2144
+#: Ports of the test's own servers in the place of dovecot's: one greets, one waits for the client.
+GREETING, SILENT, FAST, BOUND = 2190, 2993, 2995, 2110
+SERVICES = {"sieve": {"port": GREETING}, "imaps": {"port": SILENT}, "pop3s": {"port": FAST}, "pop3": {"port": BOUND}}
 BANNER = b"* OK mail host\r\n"
 CONNTRACK = "/proc/sys/net/netfilter/nf_conntrack_tcp_"
 #: What marks a connection as one to count.
@@ -64,14 +65,9 @@ class Lab:
         self._settings: dict[str, str] = {}
 
     def load(self, change: Callable[[str], str] = str, **pillar: Any) -> None:
-        """Load the rules, perhaps weakened, with the test's own ports among those of dovecot."""
+        """Load the rules, perhaps weakened, for the test's own ports."""
         options = {"autoban": {"rate": "1/minute", "burst": BURST}, "reaction": {"banned": "reject"}, **pillar}
-        script = change(self.firewall.script(**options))
-        for name, chain in (("services", "dovecot_autoban"), ("counting", "dovecot_autoban_count")):
-            elements = ", ".join(f"{port} : goto {chain}" for port in self.servers)
-            body = f"type inet_service : verdict\n elements = {{ {elements} }}"
-            script += f"table inet mailfw {{\n map {name} {{\n {body}\n }}\n}}\n"
-        self.firewall.apply(script)
+        self.firewall.apply(change(self.firewall.script(services=SERVICES, **options)))
 
     def set(self, path: str, value: int | str) -> None:
         """Change a kernel setting of the host until the test ends."""
