@@ -121,16 +121,18 @@ class Agent:
         #: over, unless only operators open that port.
         self._given: dict[tuple[Address, int], Ending] = {}
         self._tidied = 0.0
-        #: When an operator ended a trust: the master still tells of the logins before that.
-        self._ended_journal = Journal(DIRECTORY / "ended", MOST_LOGINS, parse.address)
-        self._ended = {
-            key: at for key, at in self._ended_journal.load().items() if at > time.time() - messages.OLDEST_LOGIN
-        }
-        self._last_logins = LastLogins(self._ended)
         self.settings: Settings = {}
         self.counts = {"logins": 0, "renewed": 0, "announced": 0, "received": 0, "refused": 0}
         self._reports: Reports | None = None
         self.refresh_settings()
+        #: By which prefix IPv6 addresses stand in all that follows.
+        self._prefix = self.settings["trusted"]["ipv6_prefix"]
+        #: When an operator ended a trust: the master still tells of the logins before that.
+        self._ended_journal = Journal(DIRECTORY / "ended", MOST_LOGINS, self._key)
+        self._ended = {
+            key: at for key, at in self._ended_journal.load().items() if at > time.time() - messages.OLDEST_LOGIN
+        }
+        self._last_logins = LastLogins(self._ended, self._key)
         self.people = People(lambda: self.settings)
         #: When an event has told that a user logs in from more addresses than are trusted: user's key -> Unix time.
         self._roaming: dict[str, float] = {}
@@ -162,7 +164,11 @@ class Agent:
             except OSError as err:
                 log.warning("trusted_%s cannot be read: %s", family, err)
             for address, ports in found.items():
-                self._note(parse.address(address), ports)
+                self._note(self._key(address), ports)
+
+    def _key(self, text: str) -> Address:
+        """Return the address under which one that was written somewhere is trusted; pillar may have changed since."""
+        return elements.trusted_key(parse.address(text), self.settings)
 
     def _note(self, key: Address, ports: list[tuple[int, Ending]]) -> None:
         for port, ending in ports:
@@ -430,6 +436,10 @@ class Agent:
     def now_and_then(self) -> None:
         """Do what no request asks for."""
         self.refresh_settings()
+        if self.settings["trusted"]["ipv6_prefix"] != self._prefix:
+            log.info("mailfw:trusted:ipv6_prefix has changed: starting again")
+            signal.raise_signal(signal.SIGTERM)
+            self._prefix = self.settings["trusted"]["ipv6_prefix"]
         self._listen_for_reports()
         self._after_renewals()
         self.people.tidy(time.time())

@@ -19,6 +19,7 @@ from typing import Any, Callable, NamedTuple
 from urllib.parse import quote, unquote
 
 from mailfwlib import parse
+from mailfwlib.elements import trusted_key
 from mailfwlib.journal import DIRECTORY, Journal, Pair, pair, pair_text
 from mailfwlib.parse import Address
 from mailfwlib.settings import Settings
@@ -130,7 +131,8 @@ class People:
         #: When an operator has ended what a user had earned: hash -> Unix time.
         self._revoked = self._revocations.load()
         for (address, key), at in self._journal.load().items():
-            self._put(key, address, at)
+            trusted = trusted_key(address, settings())
+            self._put(key, trusted, max(at, self.last(key, trusted)))
         self.tidy(time.time())
 
     def __len__(self) -> int:

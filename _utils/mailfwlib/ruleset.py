@@ -12,6 +12,7 @@ import ctypes
 import difflib
 import fcntl
 import hashlib
+import ipaddress
 import json
 import logging
 import os
@@ -53,6 +54,8 @@ Objects = dict[tuple[str, str], str]
 _OBJECT = re.compile(r"^\t(set|map|chain|counter) (\S+) \{\n.*?^\t\}$", re.M | re.S)
 _ELEMENTS = re.compile(r"^\t\telements = \{.*?\}\n", re.M | re.S)
 _HOOK = re.compile(r"^\t\ttype .*$", re.M)
+#: How a rule looks a prefix of a packet's source up in a set: mask, set.
+_LOOK_UP = re.compile(r"\bip6? saddr & (\S+)(?: \. tcp dport)? (?:[!=]= )?@(\S+)")
 #: Buckets of sources: each element keeps the rate it was made with, so a new ruleset starts with empty ones.
 _METERS = ("rate_", "network_rate_", "waiting_")
 
@@ -127,21 +130,32 @@ def transaction(old: Objects, new: Objects, script: str, carried: str) -> str:
         if _is_static((kind, name), old) or (kind == "set" and name.startswith(_METERS)):
             lines.append(f"flush {kind} {nft.TABLE} {name}")
     doomed = [key for key in old if key not in new or _definition(key, old) != _definition(key, new)]
+    lines += [f"flush set {nft.TABLE} {name}" for name in remade(old, new) if ("set", name) not in doomed]
     for kind in ("chain", "map", "set", "counter"):
         lines += [f"delete {kind} {nft.TABLE} {name}" for found, name in doomed if found == kind]
     return "\n".join(lines) + "\n" + script + "\n" + carried
 
 
 def remade(old: Objects, new: Objects) -> list[str]:
-    """Return the sets of elements worth keeping that a transaction has to make anew."""
+    """Return the sets of elements worth keeping whose elements a transaction has to add again."""
+    before, after = masks(old), masks(new)
     return [
         name
         for kind, name in old
         if kind == "set"
         and (kind, name) in new
         and snapshot.KEPT.fullmatch(name)
-        and _definition((kind, name), old) != _definition((kind, name), new)
+        and (
+            _definition((kind, name), old) != _definition((kind, name), new)
+            or after.get(name, before.get(name)) != before.get(name)
+        )
     ]
+
+
+def masks(objects: Objects) -> dict[str, int]:
+    """Return which bits of an address the rules look up in each set, where that is not the whole address."""
+    chains = "".join(text for (kind, _), text in objects.items() if kind == "chain")
+    return {name: int(ipaddress.ip_address(mask)) for mask, name in _LOOK_UP.findall(chains)}
 
 
 def _definition(key: tuple[str, str], objects: Objects) -> str:
@@ -153,9 +167,12 @@ def _definition(key: tuple[str, str], objects: Objects) -> str:
 
 
 def restored(elements: snapshot.Elements, new: Objects) -> str:
-    """Return the script that adds elements again, with the time they have left, to the sets that there are."""
+    """Return the script that adds elements again, with the time they have left, to the sets that there are.
+
+    They stand there under the addresses that the rules look up: by shorter prefixes than before, if pillar says so.
+    """
     timeouts = {name: _default_timeout(new["set", name]) for name in sizes(new) if snapshot.KEPT.fullmatch(name)}
-    return snapshot.script(elements, timeouts, time.time())
+    return snapshot.script(snapshot.under(elements, masks(new)), timeouts, time.time())
 
 
 def _default_timeout(text: str) -> int | None:
@@ -332,7 +349,8 @@ def _change(script: str, old: Objects, new: Objects) -> None:
     with turn(ELEMENTS):
         kept = {name: found for name, found in snapshot.current().items() if name in names} if names else {}
         nft.run(transaction(old, new, script, restored(kept, new)))
-    if names:  # A login that did not wait for that long may not be among the elements that were carried.
+    if names and masks(old) == masks(new):  # Else the agent would add them as it did before: its settings come later.
+        # A login that did not wait for that long may not be among the elements that were carried.
         with contextlib.suppress(client.AgentError):
             client.ask("again", str(since))
 

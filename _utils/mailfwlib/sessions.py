@@ -46,19 +46,22 @@ class SessionsError(WorkError):
 
 def last_logins() -> dict[Address, float]:
     """Return when addresses have last logged in on this host (Unix time), as the agent keeps it on disk."""
-    return _journal().load()
+    return _journal(parse.address).load()
 
 
-def _journal() -> Journal[Address]:
-    return Journal(DIRECTORY / "logins", 2 * MOST_LOGINS, parse.address)
+def _journal(key: Callable[[str], Address]) -> Journal[Address]:
+    return Journal(DIRECTORY / "logins", 2 * MOST_LOGINS, key)
 
 
 class LastLogins:
     """When addresses have last logged in on this host, to the hour, for as long as a session of theirs counts."""
 
-    def __init__(self, ended: dict[Address, float]):
-        """``ended``: when an operator has ended an address's trust; logins before that are none any more."""
-        self._journal = _journal()
+    def __init__(self, ended: dict[Address, float], key: Callable[[str], Address] = parse.address):
+        """``ended``: when an operator has ended an address's trust; logins before that are none any more.
+
+        ``key`` returns the address under which the one that is on disk is trusted.
+        """
+        self._journal = _journal(key)
         kept = self._journal.load()
         counting = [(key, at) for key, at in kept.items() if _counts(at) and at > ended.get(key, 0.0)]
         self._at = dict(sorted(counting, key=lambda login: login[1])[-MOST_LOGINS:])

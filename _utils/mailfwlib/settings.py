@@ -272,7 +272,11 @@ SCHEMA: dict[str, Any] = {
         "rate": Option(parse.rate, "10/minute", "new connections of one source to the ports of one role"),
         "burst": Option(_whole(1, 10000), 20, "connections that a quiet source may open at once"),
         "period": Option(parse.duration, "1h", "how long a source above the rate is banned"),
-        "ipv6_prefix": Option(_whole(32, 128), 64, "an IPv6 source is a prefix of this length"),
+        "ipv6_prefix": Option(
+            _whole(32, 128),
+            64,
+            "an IPv6 source is a prefix of this length; made longer, whom IPv6 bans and blocks were for is forgotten",
+        ),
         "networks": Option(
             FalseOr(_NETWORK_COUNTING, "{rate: 100/minute, ipv4_prefix: 24, ipv6_prefix: 48}"),
             False,
@@ -282,7 +286,12 @@ SCHEMA: dict[str, Any] = {
     "trusted": {
         "period": Option(parse.duration, "1d", "how long a login is trusted"),
         "timeout": Option(parse.duration, "5h", "default timeout of the trusted sets"),
-        "ipv6_prefix": Option(_whole(32, 128), 64, "a login over IPv6 trusts its prefix of this length"),
+        "ipv6_prefix": Option(
+            _whole(32, 128),
+            64,
+            "a login over IPv6 trusts its prefix of this length, the same on all hosts of a fleet; made longer, who is "
+            "trusted over IPv6 has to log in again",
+        ),
         **_network_lists("that may always connect"),
         "private": Option(_boolean, False, "true: in private mode a login opens the ports from wherever it comes"),
         "never": Option(

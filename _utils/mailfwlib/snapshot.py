@@ -8,6 +8,7 @@ number of lines and their checksum: a snapshot is believed as a whole, or not at
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -122,11 +123,7 @@ def same(one: Elements, other: Elements) -> bool:
 
 
 def _flat(elements: Elements) -> dict[tuple[str, str, str], float]:
-    return {
-        (name, one.value, one.note): float("inf") if one.ends is None else one.ends
-        for name, listed in elements.items()
-        for one in listed
-    }
+    return {(name, one.value, one.note): _end(one) for name, listed in elements.items() for one in listed}
 
 
 def save(path: Path = PATH, is_whole: Callable[[], bool] = lambda: True) -> str:
@@ -172,10 +169,38 @@ def set_aside(path: Path = PATH) -> Path:
 def fitting(elements: Elements, sizes: dict[str, int]) -> Elements:
     """Return elements without those for which sets that became smaller have no room: those that end first."""
     return {
-        name: sorted(listed, key=lambda one: one.ends or float("inf"), reverse=True)[: sizes[name]]
+        name: sorted(listed, key=_end, reverse=True)[: sizes[name]]
         for name, listed in elements.items()
         if name in sizes
     }
+
+
+def under(elements: Elements, masks: dict[str, int]) -> Elements:
+    """Return elements under their addresses' bits that rules look up, for sets that are looked up by a part of them.
+
+    Of those that fall together the one that ends last is left.
+    """
+    return {name: _under(listed, masks[name]) if name in masks else listed for name, listed in elements.items()}
+
+
+def _under(elements: Iterable[Element], mask: int) -> list[Element]:
+    found: dict[str, Element] = {}
+    for one in elements:
+        value = _masked(one.value, mask)
+        if value not in found or _end(found[value]) < _end(one):
+            found[value] = one._replace(value=value)
+    return list(found.values())
+
+
+def _masked(value: str, mask: int) -> str:
+    address, dot, port = value.partition(" . ")
+    whole = ipaddress.ip_address(address)
+    part = int(whole) & mask
+    return value if part == int(whole) else f"{type(whole)(part)}{dot}{port}"
+
+
+def _end(one: Element) -> float:
+    return float("inf") if one.ends is None else one.ends
 
 
 def script(elements: Elements, timeouts: dict[str, Optional[int]], now: float) -> str:

@@ -763,6 +763,34 @@ def test_replaced_settings_are_followed(agent: Agent, loaded: Firewall) -> None:
     assert agent.status()["mode"] == "autoban"
 
 
+def test_a_shorter_prefix_has_the_agent_start_again_with_what_it_knows(agent: Agent, loaded: Firewall) -> None:
+    """What it keeps of single addresses is then of their /64: operators' trust, users, and ends of trust."""
+    narrow = {**PILLAR, "trusted": {"ipv6_prefix": 128}}
+    agent.status()  # It has started.
+    agent.configure(narrow)
+    until(lambda: not agent.running(), "a longer prefix")
+    agent.start()
+    loaded.load(**narrow)
+    at_home, at_work, gone = "2001:db8:a::10", "2001:db8:b::10", "2001:db8:d::10"
+    loaded.trust(at_home, 30 * DAY, [587], NOTE)
+    agent.remember(at_home, 30 * DAY, 587, note=NOTE)
+    agent.login(at_work, "alice@example.org")
+    before = time.time()
+    agent.login(gone, "bob@example.org")
+    loaded.untrust(gone)
+    agent.ask("forget", gone)
+    loaded.load(**PILLAR)
+    agent.configure(PILLAR)
+    until(lambda: not agent.running(), "a shorter prefix")
+    agent.start()
+    agent.login("2001:db8:a::11", "carol@example.org")
+    assert trusted(loaded, "ipv6")["2001:db8:a:: . 587"] > 30 * DAY - 10
+    assert agent.ask("receive", signed({"2001:db8:d::11": before})) == "0"
+    revoked = json.loads(agent.ask("revoke", "alice@example.org"))["revoked"]
+    assert revoked == ["2001:db8:b::"]
+    assert {element.partition(" . ")[0] for element in trusted(loaded, "ipv6")} == {"2001:db8:a::"}
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '"text"', "{}", None])
 def test_unreadable_settings_leave_those_from_before(
     agent: Agent, host: Host, loaded: Firewall, text: str | None

@@ -148,6 +148,27 @@ def test_ipv6_prefixes_of_trust_and_bans_are_separate(firewall: Firewall) -> Non
     assert list(firewall.elements("blocked_ipv6")) == ["2001:db8:a::"]
 
 
+@pytest.mark.parametrize("mode", ["autoban", "protected"])
+def test_a_shorter_prefix_lets_in_and_refuses_whom_the_longer_one_did(
+    firewall: Firewall, alice: Client, mallory: Client, mode: str
+) -> None:
+    """Trust, bans and blocks of single addresses become those of their /64."""
+    friend, neighbour, stranger = alice.ipv6
+    banned, beside, blocked = mallory.ipv6
+    pillar: dict[str, Any] = {"protection": {"type": mode}, "reaction": {"untrusted": "reject"}}
+    firewall.load(trusted={"ipv6_prefix": 128}, autoban={"ipv6_prefix": 128}, **pillar)
+    firewall.trust(friend, 3600)
+    firewall.ban(banned, seconds=600)
+    firewall.block(blocked)
+    firewall.load(**pillar)
+    assert [alice.connect(587, source) for source in (friend, neighbour)] == ["open", "open"]
+    assert alice.connect(587, stranger) == ("refused" if mode == "protected" else "open")
+    assert [mallory.connect(993, source, 0.2) for source in (banned, beside, blocked)] == ["silent"] * 3
+    assert firewall.elements("trusted_ipv6")["2001:db8:a:: . 587"] > 3500
+    assert 500 < firewall.elements("banned_dovecot_ipv6")["2001:db8:c::"] <= 600
+    assert firewall.elements("blocked_ipv6") == {"2001:db8:c:1::": float("inf")}
+
+
 def test_refill_gives_a_source_its_burst_again(firewall: Firewall, alice: Client, family: str) -> None:
     firewall.load(autoban={"rate": "1/minute", "burst": 3})
     for _ in range(3):

@@ -17,7 +17,11 @@ NOWHERE = Path("/nonexistent")
 
 
 def settings(how="hash", keys=(OLD,), period=DAY):
-    return {"trusted": {"period": period, "users": how}, "fleet": {"keys": keys}, "host": {"report_secret": OWN}}
+    return {
+        "trusted": {"period": period, "users": how, "ipv6_prefix": 64},
+        "fleet": {"keys": keys},
+        "host": {"report_secret": OWN},
+    }
 
 
 @pytest.fixture

@@ -277,6 +277,54 @@ def test_elements_are_restored_to_the_sets_that_there_are(monkeypatch):
     assert ruleset.restored(kept, {}) == ""
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "again"),
+    [
+        (128, 64, True),
+        (64, 56, True),
+        (64, 64, False),
+        (64, 128, False),  # There the addresses behind the /64s are not known.
+    ],
+)
+def test_sets_whose_sources_have_a_shorter_prefix_are_filled_again(root, before, after, again):
+    def rendered(prefix):
+        pillar = {"trusted": {"ipv6_prefix": prefix}, "autoban": {"ipv6_prefix": prefix, "networks": {}}}
+        objects = Rules(settings.resolve(pillar), root).objects
+        return {(kind, name): text for kind, named in objects.items() for name, text in named.items()}
+
+    old, new = rendered(before), rendered(after)
+    names = {"trusted_ipv6", "blocked_ipv6", "banned_dovecot_ipv6", "banned_postfix_ipv6"}
+    assert set(ruleset.remade(old, new)) == (names if again else set())
+    flushed = {line for line in ruleset.transaction(old, new, "", "").splitlines() if line.startswith("flush set")}
+    assert {f"flush set inet mailfw {name}" for name in names} <= flushed or not again
+
+
+def test_elements_are_restored_under_the_prefix_that_rules_look_up(monkeypatch, root):
+    """Of those that fall together the one that ends last is left, an operator's without an end before all."""
+    monkeypatch.setattr(time, "time", lambda: 1000)
+    objects = Rules(settings.resolve({"trusted": {"ipv6_prefix": 56}, "autoban": {"networks": {}}}), root).objects
+    new = {(kind, name): text for kind, named in objects.items() for name, text in named.items()}
+    kept = {
+        "trusted_ipv6": [
+            snapshot.Element("2001:db8:0:1:: . 587", 9000, 2000),
+            snapshot.Element("2001:db8:0:2::7 . 587", 9000, 3000, "alice"),
+            snapshot.Element("2001:db8:0:2:: . 993", 9000, 2500),
+            snapshot.Element("2001:db8:0:100:: . 587", 9000, 2600),
+        ],
+        "blocked_ipv6": [
+            snapshot.Element("2001:db8::", None, None, "bob"),
+            snapshot.Element("2001:db8::5", 9000, 4000),
+        ],
+        "banned_networks_dovecot_ipv4": [snapshot.Element("192.0.2.7", 3600, 1500)],
+    }
+    assert sorted(ruleset.restored(kept, new).splitlines()) == [
+        "add element inet mailfw banned_networks_dovecot_ipv4 { 192.0.2.0 timeout 3600s expires 500s }",
+        'add element inet mailfw blocked_ipv6 { 2001:db8:: comment "bob" }',
+        'add element inet mailfw trusted_ipv6 { 2001:db8:: . 587 timeout 9000s expires 2000s comment "alice", '
+        "2001:db8:: . 993 timeout 9000s expires 1500s, 2001:db8:0:100:: . 587 timeout 9000s expires 1600s }",
+    ]
+
+
 @pytest.fixture
 def open_connections(monkeypatch):
     """Return a function that says which connections the host has open; ports that were asked for are in ``asked``."""
