@@ -8,6 +8,16 @@ include:
   - mailfw.ruleset
   - mailfw.agent
 
+# The rules are loaded all the same: only who logs in is not known.
+mailfw finds Dovecot:
+  cmd.run:
+    - name: |
+        echo "There is no Dovecot on this host. Where there is to be none, its pillar needs mailfw:roles: [postfix]." >&2
+        exit 1
+    - unless: command -v doveconf
+    - require:
+      - mailfw: mailfw settings are saved
+
 mailfw login hook is there:
   file.managed:
     - names:
@@ -22,7 +32,7 @@ mailfw login hook is there:
         - mode: "0755"
     - makedirs: True
     - require:
-      - mailfw: mailfw settings are saved
+      - cmd: mailfw finds Dovecot
 
 # Salt gives a file its name first and then its mode: whoever logs in just then would be refused by Dovecot.
 mailfw login hook is installed:
@@ -57,7 +67,7 @@ mailfw agent hears reports of Dovecot:
         doveconf -n | sed -n 's/^ *\(auth_policy_\)\{0,1\}server_url = //p'
         | grep -vx 'http://127\.0\.0\.1:{{ report_port }}/' | grep .
     - require:
-      - mailfw: mailfw settings are saved
+      - cmd: mailfw finds Dovecot
 {%- endif %}
 
 mailfw login hook is run by Dovecot:

@@ -130,6 +130,17 @@ def test_a_configuration_that_dovecot_refuses_because_of_mailfw_does_not_stay(fl
     assert lab.on_each(HOSTS, lambda host: there(host, OURS)) == {"mx1": True, "mx2": True}
 
 
+def test_a_host_without_dovecot_is_told_which_pillar_it_needs(fleet):
+    doveconf = lab.run("mx1", "which", "doveconf").strip()
+    lab.run("mx1", "mv", doveconf, "/root/doveconf")
+    try:
+        with pytest.raises(lab.LabError, match=r"roles: \[postfix\]"):
+            lab.states("mx1", "state.apply", "mailfw.dovecot")
+    finally:
+        lab.run("mx1", "mv", "/root/doveconf", doveconf)
+    assert changed(lab.states("mx1", "state.apply", "mailfw.dovecot")) == []
+
+
 def test_rules_are_there_after_a_reboot(fleet):
     def services(host):
         return lab.run(host, "nft", "-s", "list", "map", "inet", "mailfw", "services")
