@@ -273,7 +273,7 @@ def reset_at_the_sack_edge(crowd: Crowd) -> Crowd:
 
 def reset_unseen_then_again(lab: Lab) -> Crowd:
     crowd = reset_at_the_sack_edge(first_served(lab, MSS + SACK_PERMITTED))
-    assert "ESTABLISHED" in lab.tracked(crowd[0].sender_port)
+    until(lambda: "ESTABLISHED" in lab.tracked(crowd[0].sender_port), "conntrack goes on")
     return again(crowd)
 
 
