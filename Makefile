@@ -2,6 +2,7 @@
 # make test   runs every test, from a bare Debian machine, as root
 # Single suites: make lint unit functional integration system; make again runs what has failed last, one after the other
 # make soak   runs many thousands of logins, and shows that nothing grows
+# make kernels runs how the kernels of Debian's releases treat the rules, emulated: an hour for each
 # make bench  measures what the rules cost, and what applying and keeping them takes
 # Single benchmarks: make bench-cost bench-scale bench-login
 SHELL := /bin/bash
@@ -9,7 +10,7 @@ export MAILFW_CACHE ?= /var/cache/mailfw
 VENV := $(MAILFW_CACHE)/venv-$(shell sha256sum pyproject.toml | cut -c1-12)
 PYTEST := TMPDIR=/tmp $(VENV)/bin/pytest
 
-.PHONY: demo test again lint unit functional integration system soak bench bench-cost bench-scale bench-login docs packages clean
+.PHONY: demo test again lint unit functional integration system soak kernels bench bench-cost bench-scale bench-login docs packages clean
 
 demo: packages $(VENV)/done
 	test/lab/lab up
@@ -35,6 +36,11 @@ unit functional integration system: $(VENV)/done
 # Many thousands of logins, and what agent and Salt helper hold meanwhile; the network cut for a minute: ten minutes.
 soak: packages $(VENV)/done
 	$(PYTEST) -s --show-capture=no test/soak
+
+# KERNELS is for pytest: without it, the tests that show most of a kernel.
+kernels: packages $(VENV)/done
+	test/kernels/install-packages
+	for suite in bookworm trixie; do $(VENV)/bin/python test/kernels/kernels $$suite $(KERNELS) || exit 1; done
 
 # A quarter of an hour for each, on a machine that does nothing else. BENCH is for the options of a single one.
 bench: bench-cost bench-scale bench-login

@@ -141,6 +141,14 @@ def test_a_host_without_dovecot_is_told_which_pillar_it_needs(fleet):
     assert changed(lab.states("mx1", "state.apply", "mailfw.dovecot")) == []
 
 
+@on_both_hosts
+def test_what_nft_lists_loads_again_as_the_same(fleet, host):
+    """Operators save what is loaded; nft 1.1.3 lists some ways to ask for flags as something else."""
+    listed = lab.run(host, "nft", "-s", "-t", "list", "table", "inet", "mailfw")
+    again = "nft -f - && nft -s -t list table inet mailfw"
+    assert lab.run(host, "unshare", "--net", "sh", "-c", again, text=listed) == listed
+
+
 def test_rules_are_there_after_a_reboot(fleet):
     def services(host):
         return lab.run(host, "nft", "-s", "list", "map", "inet", "mailfw", "services")

@@ -372,7 +372,7 @@ def test_hooks_are_in_order(root):
     assert rendered.statements("input") == [
         "type filter hook input priority filter - 10; policy accept;",
         f"{settled} @th,104,8 & 0x06 == 0x00 jump passing",
-        "ct state established meta l4proto tcp @th,104,8 & 0x17 != 0x02 jump open",
+        "ct state established tcp flags & (fin | syn | rst | ack) != syn jump open",
         'iif "lo" accept',
         "tcp dport vmap @services",
     ]
