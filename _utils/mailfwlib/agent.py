@@ -82,6 +82,8 @@ MOST_ROAMING = 10_000
 LATE = 30.0
 #: Seconds until it is tried again to trust who has logged in since rules were loaded.
 RETRY = 1.0
+#: Seconds before its new settings within which the rules may have changed to another prefix.
+SETTINGS_FOLLOW = 60.0
 #: The same complaint is logged once in this many seconds.
 QUIET = 60.0
 
@@ -436,14 +438,16 @@ class Agent:
     def now_and_then(self) -> None:
         """Do what no request asks for."""
         self.refresh_settings()
-        if self.settings["trusted"]["ipv6_prefix"] != self._prefix:
+        if is_outdated := self.settings["trusted"]["ipv6_prefix"] != self._prefix:
             log.info("mailfw:trusted:ipv6_prefix has changed: starting again")
-            signal.raise_signal(signal.SIGTERM)
             self._prefix = self.settings["trusted"]["ipv6_prefix"]
+            self._missing_since = min(self._missing_since, time.time() - SETTINGS_FOLLOW)
         self._listen_for_reports()
         self._after_renewals()
         self.people.tidy(time.time())
         self._tidy(time.time())
+        if is_outdated:
+            signal.raise_signal(signal.SIGTERM)
 
     def _tidy(self, now: float) -> None:
         """Forget trusts of operators that are over."""

@@ -56,6 +56,7 @@ _ELEMENTS = re.compile(r"^\t\telements = \{.*?\}\n", re.M | re.S)
 _HOOK = re.compile(r"^\t\ttype .*$", re.M)
 #: How a rule looks a prefix of a packet's source up in a set: mask, set.
 _LOOK_UP = re.compile(r"\bip6? saddr & (\S+)(?: \. tcp dport)? (?:[!=]= )?@(\S+)")
+_TRUSTED_IPV6 = "trusted_ipv6"
 #: Buckets of sources: each element keeps the rate it was made with, so a new ruleset starts with empty ones.
 _METERS = ("rate_", "network_rate_", "waiting_")
 
@@ -349,8 +350,9 @@ def _change(script: str, old: Objects, new: Objects) -> None:
     with turn(ELEMENTS):
         kept = {name: found for name, found in snapshot.current().items() if name in names} if names else {}
         nft.run(transaction(old, new, script, restored(kept, new)))
-    if names and masks(old) == masks(new):  # Else the agent would add them as it did before: its settings come later.
-        # A login that did not wait for that long may not be among the elements that were carried.
+    if names and masks(old).get(_TRUSTED_IPV6) == masks(new).get(_TRUSTED_IPV6):
+        # A login that did not wait for that long may not be among the elements that were carried. With another prefix
+        # the agent adds them once it has its new settings.
         with contextlib.suppress(client.AgentError):
             client.ask("again", str(since))
 

@@ -63,7 +63,8 @@ MINIMAL = """table inet filter {
 ELEMENTS = {"mailfw 0": 0, "mailfw 60k": 60_000, "mailfw 1M": 1_000_000}
 #: Nobody is banned at this rate.
 PILLAR = {"autoban": {"rate": "100000/second", "burst": 10000}}
-#: Clients of an arm: so many that neither the element of one nor its bucket stays in the processor's cache.
+#: Clients of an arm, by default: so many that neither the element of one nor its bucket stays in the processor's cache,
+#: and that most are new to the meter whenever they come.
 SOURCES = 8192
 #: Of many rounds, the one at this quantile is taken: those above it were disturbed.
 QUANTILE = 0.1
@@ -117,16 +118,16 @@ def families(ruleset: str) -> tuple[int, ...]:
     return (4,) if ELEMENTS.get(ruleset) else (4, 6)
 
 
-def connecting(server: Server, ruleset: str, script: str) -> Iterator[Arm]:
+def connecting(server: Server, ruleset: str, script: str, count: int) -> Iterator[Arm]:
     """Yield the arms that open connections under a ruleset: one for each kind of client that its rules tell apart.
 
     What many clients cost the rest of the kernel is not mailfw's: an arm with one client is compared with another one.
     """
     for version in families(ruleset):
         suffix = " IPv6" if version == 6 else ""
-        many = SOURCES if ELEMENTS.get(ruleset) else 1
+        many = count if ELEMENTS.get(ruleset) else 1
         trusted = hosts(TRUSTED_NETWORK if version == 4 else TRUSTED_IPV6, many)
-        others = hosts(OTHER_NETWORK if version == 4 else OTHER_IPV6, SOURCES)
+        others = hosts(OTHER_NETWORK if version == 4 else OTHER_IPV6, count)
         if "set trusted_ipv4" in script:
             sources = {f"{ruleset} untrusted": others, f"{ruleset} trusted": trusted}
         else:
@@ -244,6 +245,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=200, help="of each measure (200)")
     parser.add_argument("--turn", type=int, default=5, help="batches of each arm in each round (5)")
     parser.add_argument("--measure", action="append", choices=measures.MEASURES, help="only this one; repeatable")
+    parser.add_argument("--sources", type=int, default=SOURCES, help=f"clients of an arm ({SOURCES})")
     parser.add_argument(
         "--rulesets", default="", help="only minimal and those with one of these in their names: none,1M"
     )
@@ -298,7 +300,7 @@ def main() -> None:
                     arm
                     for ruleset, script in scripts.items()
                     for arm in (
-                        connecting(servers[ruleset], ruleset, script)
+                        connecting(servers[ruleset], ruleset, script, asked.sources)
                         if measure.opens
                         else staying(servers[ruleset], ruleset)
                     )

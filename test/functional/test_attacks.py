@@ -443,7 +443,7 @@ def without(*rules: str) -> Callable[[str], str]:
 
 #: The SYN/ACK's mark, and the one behind it, for what a listener takes.
 AT_THE_OPENING = (f"chain opened {{\n\t\t{MARK}\n\t\taccept\n", f"socket wildcard 1 {MARK}")
-AMONG_THE_OLDER = (f"== 0x10 {MARK} accept\n",)
+AMONG_THE_OLDER = (f"== ack {MARK} accept\n",)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ import pytest
 
 from mailfwlib import breakglass, elements, familiar, netlink, parse, ruleset
 from mailfwlib.metrics import METRICS, NO_ROOM, PLAIN
+from mailfwlib.monitor import COUNT
 from mailfwlib.rules import TALLIED
 from mailfwlib.settings import METRICS_DIRECTORY
 from support.agent import HOST_ID, KEY, Agent, signed
 from support.firewall import Firewall
-from support.net import REPOSITORY, Client, Host, until
+from support.net import LIMIT, REPOSITORY, Client, Host, until
 from support.prometheus import Prometheus, promtool
 
 MONITORING = REPOSITORY / "mailfw/monitoring"
@@ -30,6 +31,8 @@ PILLAR: dict[str, Any] = {
     "fleet": {"keys": [KEY]},
     "metrics": {"interval": "1s"},
 }
+#: Seconds in which a set's elements are counted, also where the kernel does not say how many there are.
+COUNTED = COUNT + LIMIT
 WAY_OUT = "/usr/lib/mailfw/mailfw-open"
 #: How the clients' addresses are remembered.
 KNOWN = {"ipv4": "198.51.100.10", "ipv6": "2001:db8:a::"}
@@ -397,8 +400,10 @@ def test_a_full_set_is_told_once(firewall: Firewall, host: Host, textfiles: Path
     with closing(Agent(host, tmp_path, small)) as agent:
         firewall.block("192.0.2.66")
         full = {"host": HOST_ID, "set": "blocked_ipv4", "size": 1}
-        until(lambda: told(agent, "mailfw/full") == [full], "the full set was told")
+        until(lambda: told(agent, "mailfw/full") == [full], "the full set was told", COUNTED)
         firewall.nft("delete", "element", "inet", "mailfw", "blocked_ipv4", "{ 192.0.2.66 }")
-        figures_after(host, time.time())  # That there is room again is no news, and is noticed.
+        # That there is room again is no news, and is noticed.
+        figure = 'mailfw_set_elements{set="blocked_ipv4"}'
+        until(lambda: figures_after(host, time.time()).get(figure) == 0, "the empty set was seen", COUNTED)
         firewall.block("192.0.2.67")
-        until(lambda: told(agent, "mailfw/full") == [full, full], "it was told again")
+        until(lambda: told(agent, "mailfw/full") == [full, full], "it was told again", COUNTED)
